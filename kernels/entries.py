@@ -1,0 +1,60 @@
+"""Which entries of one weight train, as the kernels see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Entries:
+    """The selected entries of one parameter, in the order in which `selected` stores them.
+
+    Attributes:
+        kind: `all` (every entry, row-major), `rows` (whole rows along `axis`) or `elements`.
+        shape: shape of the parameter.
+        axis: for `rows`: 0 = rows of `weight.reshape(-1, shape[-1])`, 1 = columns of a 2-D weight
+            (an output unit of GPT-2's `Conv1D` is a column).
+        rows: (R,) int64, increasing; only for `rows`.
+        positions: (M,) increasing row-major positions, int32 where they fit, else int64; only for
+            `elements`.
+        row_offsets: (rows + 1,) int64: the positions of row r are
+            `positions[row_offsets[r]:row_offsets[r + 1]]`; only for `elements`.
+    """
+
+    kind: Literal["all", "rows", "elements"]
+    shape: tuple[int, ...]
+    axis: int = 0
+    rows: Tensor | None = None
+    positions: Tensor | None = None
+    row_offsets: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many entries are selected."""
+        if self.kind == "elements":
+            assert self.positions is not None
+            return self.positions.numel()
+        if self.kind == "rows":
+            assert self.rows is not None
+            return self.rows.numel() * self.row_length
+        return math.prod(self.shape)
+
+    @property
+    def row_length(self) -> int:
+        """Entries in one row."""
+        if self.axis == 1:
+            return self.shape[0]
+        return self.shape[-1] if self.shape else 1
+
+    def to(self, device: torch.device) -> Entries:
+        """The same entries with the index tensors on `device` (self where they already are)."""
+        tensors = {k: getattr(self, k) for k in ("rows", "positions", "row_offsets")}
+        moved = {k: None if t is None else t.to(device) for k, t in tensors.items()}
+        if all(moved[k] is tensors[k] for k in tensors):
+            return self
+        return dataclasses.replace(self, **moved)

@@ -1,0 +1,33 @@
+"""The errors lit-align raises on purpose: one base class, so that callers can catch them all."""
+
+
+class LitAlignError(Exception):
+    """Base of every error that lit-align raises about its input."""
+
+
+class DataError(LitAlignError):
+    """Rows of a data file that cannot be used; names file, line and reason."""
+
+
+class MaskError(LitAlignError):
+    """A mask that is damaged, malformed, or belongs to another model."""
+
+
+class DeltaError(LitAlignError):
+    """A delta that is damaged, malformed, or belongs to another model."""
+
+
+class ModelError(LitAlignError):
+    """A model or tokenizer that cannot be found, read, or used as asked."""
+
+
+class LocalizationError(LitAlignError):
+    """Scores that cannot rank parameters: wrong precision, no data, nothing changed."""
+
+
+class TrainingError(LitAlignError):
+    """A run that cannot go on: NaN loss or gradient, or settings that contradict each other."""
+
+
+class PipelineError(LitAlignError):
+    """A pipeline stage whose inputs, outputs or folder are not what the manifest says."""
