@@ -1,0 +1,71 @@
+"""AdamW on the selected entries of many parameters, with write-through. Plain torch.
+
+With gradient g, moments m and v, step t, learning rate α, decay λ (decoupled):
+
+    θ ← θ·(1 − αλ);  m ← β₁m + (1 − β₁)g;  v ← β₂v + (1 − β₂)g²
+    θ ← θ − α · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+
+Only selected entries exist here, so decay cannot reach any other. Source: Loshchilov & Hutter,
+Decoupled Weight Decay Regularization, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import scatter_entries_
+
+
+@dataclasses.dataclass
+class AdamWEntry:
+    """One trainable parameter, its state, and the weight that it writes through to.
+
+    Attributes:
+        master: (M,) fp32 selected entries, or a whole fp32 parameter of any shape.
+        grad: same shape and dtype as `master`.
+        exp_avg: first moment, same shape, fp32.
+        exp_avg_sq: second moment, same shape, fp32.
+        step: () fp32, number of steps taken.
+        weight: the full weight that receives the new values, or None where `master` is the weight.
+        entries: which entries of `weight` the master holds.
+    """
+
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    weight: Tensor | None = None
+    entries: Entries | None = None
+
+
+@torch.no_grad()
+def masked_adamw_(
+    batch: list[AdamWEntry], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    """See `lit_align_kernels.masked_adamw.masked_adamw_`."""
+    adamw(
+        [e.master for e in batch],
+        [e.grad for e in batch],
+        [e.exp_avg for e in batch],
+        [e.exp_avg_sq for e in batch],
+        [],
+        [e.step for e in batch],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    for entry in batch:
+        if entry.weight is not None:
+            assert entry.entries is not None
+            scatter_entries_(entry.weight, entry.entries, entry.master)

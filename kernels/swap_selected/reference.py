@@ -1,0 +1,52 @@
+"""Read, write and exchange the selected entries of a weight, in plain torch.
+
+`values` hold the entries in the order of `Entries`: row by row for `rows` (a column of the weight is
+one contiguous row of `values` where axis = 1), by increasing position for `elements` and `all`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_align_kernels.entries import Entries
+
+
+def _rows_view(weight: Tensor, axis: int) -> Tensor:
+    """A view whose row r is the weight's row r along `axis`."""
+    return weight.t() if axis == 1 else weight.view(-1, weight.shape[-1] if weight.ndim else 1)
+
+
+def gather_entries(weight: Tensor, entries: Entries) -> Tensor:
+    """The selected entries of `weight`, flat, in the weight's dtype: (M,)."""
+    if entries.kind == "all":
+        return weight.reshape(-1).clone()
+    if entries.kind == "rows":
+        assert entries.rows is not None
+        return _rows_view(weight, entries.axis).index_select(0, entries.rows).reshape(-1)
+    assert entries.positions is not None
+    return weight.view(-1).index_select(0, entries.positions)
+
+
+@torch.no_grad()
+def scatter_entries_(weight: Tensor, entries: Entries, values: Tensor) -> None:
+    """Write `values` (M,) into the selected entries of `weight`, in place, cast to its dtype."""
+    values = values.detach().to(weight.dtype)
+    if entries.kind == "all":
+        weight.copy_(values.view(weight.shape))
+    elif entries.kind == "rows":
+        assert entries.rows is not None
+        view = _rows_view(weight, entries.axis)
+        view.index_copy_(0, entries.rows, values.view(entries.rows.numel(), -1))
+    else:
+        assert entries.positions is not None
+        # index_put_ wants int64; positions are int32 where they fit, so this is cast here.
+        weight.view(-1).index_put_((entries.positions.long(),), values)
+
+
+@torch.no_grad()
+def swap_selected_(weight: Tensor, entries: Entries, values: Tensor) -> None:
+    """Exchange `values` (M,) and the selected entries of `weight`, both in place."""
+    current = gather_entries(weight, entries)
+    scatter_entries_(weight, entries, values)
+    values.copy_(current)
