@@ -1,0 +1,222 @@
+"""Load, save and identify a causal language model and its tokenizer.
+
+A model is named by a local folder, by a hub id, or by the alias of the embedded default model
+(`lit_align.gguf_alias`). A folder or an alias makes no network call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_align.errors import ModelError
+from lit_align.gguf_alias import ALIAS, alias_dir
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+HASH_CHUNK_BYTES = 1 << 22
+
+_fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
+
+
+def load_language_model(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in evaluation mode on the CPU, and its tokenizer.
+
+    The model carries two attributes that masks and deltas are checked against: `base_fingerprint`
+    (str, see `fingerprint`) and `base_dir` (Path of the folder that it was read from).
+
+    Raises:
+        ModelError: The name leads nowhere, or the folder is not a causal LM with safetensors.
+    """
+    folder = resolve_model(name_or_path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    base_fingerprint = fingerprint(folder)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+    model.base_fingerprint = base_fingerprint
+    model.base_dir = folder
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; one without a padding token pads with its end-of-sequence token.
+
+    Raises:
+        ModelError: The name leads nowhere, the folder has no tokenizer, or it has no end token.
+    """
+    folder = resolve_model(name_or_path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a tokenizer from {folder}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model: a folder as it is, an alias or a hub id from its cache.
+
+    Only a hub id may touch the network; the variable HF_HUB_OFFLINE keeps even that from it.
+
+    Raises:
+        ModelError: It is neither a folder nor an alias nor a hub id that can be had.
+    """
+    name = str(name_or_path)
+    if name == ALIAS:
+        return alias_dir()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    # An id is `name` or `owner/name`: anything else is meant as a path, so the hub is not asked.
+    if isinstance(name_or_path, Path) or name[:1] in {".", "~", "/"} or name.count("/") > 1:
+        raise ModelError(f"{name}: no such folder")
+    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name} is neither a local folder nor the alias {ALIAS}, and the hub does not give "
+            f"it: {error}"
+        ) from error
+
+
+def save_language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> Path:
+    """Write model and tokenizer as an ordinary Hugging Face folder, whole or not at all.
+
+    An older model of that name is replaced; any other folder that is not empty is not touched.
+
+    Raises:
+        ModelError: The folder exists and holds something else than a model.
+    """
+    folder = Path(folder)
+    replaces = folder.exists()
+    if replaces and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise ModelError(f"{folder} is not empty and holds no model; not replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        if replaces:
+            folder.rename(Path(scratch) / "old")
+        fresh.rename(folder)
+    return folder
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 (hex) of the tensors of a model folder: names, dtypes, shapes and bytes.
+
+    How the tensors are spread over files and ordered within them does not count. Kept in memory
+    for as long as path, size and modification time of the files stay the same.
+
+    Raises:
+        ModelError: The folder has no safetensors, or a file is damaged or incomplete.
+    """
+    files = weight_files(folder)
+    key = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    if key not in _fingerprints:
+        digest = hashlib.sha256()
+        for entry in sorted((t for file in files for t in _tensors(file)), key=lambda t: t.name):
+            digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
+            _hash_range(digest, entry)
+        _fingerprints[key] = digest.hexdigest()
+    return _fingerprints[key]
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that make up a model folder, sharded or not, sorted by name.
+
+    Raises:
+        ModelError: There are none, the index is damaged, or a shard is absent.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise ModelError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is damaged: {error}") from error
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{index} names {name}, which is not a file in {folder}")
+    return [folder / name for name in names]
+
+
+class _StoredTensor(NamedTuple):
+    name: str
+    dtype: str
+    shape: list[int]
+    file: Path
+    begin: int  # of its bytes in the file
+    end: int
+
+
+def _tensors(file: Path) -> Iterator[_StoredTensor]:
+    """The header of a safetensors file, checked against the file's size."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > size - 8:
+                raise ModelError(f"{file} is damaged or truncated: its header does not fit in it")
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            if not 8 + header_bytes <= begin <= end <= size:
+                raise ModelError(f"{file} is damaged or truncated: {name} does not fit in it")
+            yield _StoredTensor(name, entry["dtype"], entry["shape"], file, begin, end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged: {error!r}") from error
+
+
+def _hash_range(digest: Any, tensor: _StoredTensor) -> None:
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.begin)
+        left = tensor.end - tensor.begin
+        while left:
+            block = stream.read(min(HASH_CHUNK_BYTES, left))
+            if not block:
+                raise ModelError(f"{tensor.file} changed while it was read")
+            digest.update(block)
+            left -= len(block)
