@@ -58,8 +58,10 @@ class PackedBatch:
         """The batch on another device (Lightning's `move_data_to_device` calls this)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return PackedBatch(
-            **{k: None if v is None else v.to(device, non_blocking=non_blocking)
-               for k, v in fields.items()}
+            **{
+                k: None if v is None else v.to(device, non_blocking=non_blocking)
+                for k, v in fields.items()
+            }
         )
 
     def pin_memory(self) -> PackedBatch:

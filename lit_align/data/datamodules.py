@@ -1,0 +1,336 @@
+"""LightningDataModules: files (or rows) in, `PackedBatch`es out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.data.bad_rows import BadRows
+from lit_align.data.batch import PackedBatch
+from lit_align.data.loading import RowLoader, describe, fingerprint, split_off
+from lit_align.data.packing import FILLER_ROW_ID, collate
+from lit_align.data.sampler import BatchSampler
+from lit_align.data.schema import PreferenceRow, Row, SFTRow, TokenizedRow, UnlearningRow
+from lit_align.data.templates import chat_template_text
+from lit_align.data.tokenize import RowTokenizer, TrainOn, Truncation
+from lit_align.errors import DataError
+from lit_align.language_model import load_tokenizer
+
+Split: TypeAlias = Literal["train", "validation", "test", "predict"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test", "predict")
+STAGE_SPLITS: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+    None: SPLITS,
+}
+Files: TypeAlias = str | list[str] | None
+
+
+class TokenizedRows(Dataset[list[TokenizedRow]]):
+    """Rows looked up a batch at a time; a negative index `~i` is a filler copy of row i."""
+
+    def __init__(self, rows: Sequence[TokenizedRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: list[int]) -> list[TokenizedRow]:
+        return [
+            self.rows[i] if i >= 0 else dataclasses.replace(self.rows[~i], row_id=FILLER_ROW_ID)
+            for i in indices
+        ]
+
+
+class TextDataModule(lightning.LightningDataModule):
+    """What the data modules of all objectives share; use one of its subclasses."""
+
+    row_type: ClassVar[type]
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase,
+        train_file: Files = None,
+        validation_file: Files = None,
+        test_file: Files = None,
+        predict_file: Files = None,
+        *,
+        format: str = "auto",
+        chat_template: str | None = None,
+        max_length: int = 1024,
+        truncation: Truncation = "keep_start",
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        max_rows: int | None = None,
+        validation_fraction: float = 0.0,
+        on_bad_row: Literal["error", "skip"] = "error",
+        output_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        group_by_length: bool = True,
+    ) -> None:
+        """Rows are read in `setup`.
+
+        Args:
+            tokenizer: local folder, hub id or alias of a model; or a tokenizer.
+            train_file: .jsonl, .json, folder of `datasets.save_to_disk`, or hub id (`name:split`);
+                or a list of these.
+            validation_file: likewise.
+            test_file: likewise.
+            predict_file: likewise.
+            format: a format's name (see `lit_align.data.formats`); `auto` looks at the columns.
+            chat_template: in place of the tokenizer's own: `transcript` (Human/Assistant, for base
+                models), a file's path, or the Jinja text.
+            max_length: most tokens of prompt and response together.
+            truncation: of longer rows: keep_start | keep_end | error (they are bad rows).
+            batch_size: rows per step and rank; a preference pair is one row.
+            eval_batch_size: the same outside training; default `batch_size`.
+            max_rows: use the first so many usable rows of each split.
+            validation_fraction: without a validation file, split so much off the train rows; a
+                prompt's rows stay together.
+            on_bad_row: stop before training, or skip bad rows and write them to
+                `rejected_rows.jsonl`.
+            output_dir: folder of that file; default the trainer's `default_root_dir`.
+            num_workers: processes that build batches.
+            seed: of the shuffle and of the split.
+            group_by_length: put rows of like length into a batch, which saves padding.
+        """
+        super().__init__()
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise DataError("batch_size and eval_batch_size must be at least 1")
+        if not 0 <= validation_fraction < 1:
+            raise DataError(f"validation_fraction is {validation_fraction}, not in [0, 1)")
+        if on_bad_row not in ("error", "skip"):
+            raise DataError(f"on_bad_row is {on_bad_row!r}: error | skip")
+        files = (train_file, validation_file, test_file, predict_file)
+        self.sources: dict[Split, Any] = {
+            split: [file] if isinstance(file, str | Path) else file
+            for split, file in zip(SPLITS, files, strict=True)
+            if file
+        }
+        self.tokenizer_name = tokenizer
+        self.chat_template = chat_template
+        self.format = format
+        self.max_length = max_length
+        self.truncation: Truncation = truncation
+        self.train_on: TrainOn = "last"
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.max_rows = max_rows
+        self.validation_fraction = validation_fraction
+        self.on_bad_row = on_bad_row
+        self.output_dir = output_dir
+        self.num_workers = num_workers
+        self.seed = seed
+        self.group_by_length = group_by_length
+        self.bad_rows = BadRows()
+        self._typed_rows: Mapping[Split, Sequence[Row]] = {}
+        self._rows: dict[Split, list[TokenizedRow]] = {}
+
+    @classmethod
+    def from_rows(
+        cls,
+        tokenizer: str | PreTrainedTokenizerBase,
+        rows: Mapping[Split, Sequence[Row]],
+        **settings: Any,
+    ) -> Self:
+        """A data module over typed rows of this objective, {split: rows}, instead of files."""
+        module = cls(tokenizer, **settings)
+        module._typed_rows = dict(rows)
+        return module
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that was asked for."""
+        tokenizer = self.tokenizer_name
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(tokenizer)
+        if self.chat_template is not None:
+            tokenizer = copy.copy(tokenizer)  # the caller's keeps its own template
+            tokenizer.chat_template = chat_template_text(self.chat_template)
+        return tokenizer
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the rows that the stage needs, unless that is done already.
+
+        Raises:
+            DataError: bad rows (all of the stage's together), or a split without a usable row.
+        """
+        tokenize = RowTokenizer(self.tokenizer, self.max_length, self.truncation, self.train_on)
+        loader = RowLoader(self.row_type, tokenize, self.format, self.max_rows)
+        known_bad = len(self.bad_rows)
+        loaded = {}
+        for split in self._missing_splits(stage):
+            if split in self._typed_rows:
+                name = f"{split} rows"
+                loaded[split] = loader.from_rows(self._typed_rows[split], name, self.bad_rows)
+            elif split in self.sources:
+                loaded[split] = loader.from_files(self.sources[split], self.bad_rows)
+        if len(self.bad_rows) > known_bad:
+            self._handle_bad_rows()
+        if "train" in loaded and "validation" not in loaded and self.validation_fraction:
+            loaded["train"], loaded["validation"] = split_off(
+                loaded["train"], self.validation_fraction, self.seed
+            )
+        for split, rows in loaded.items():
+            if not rows:
+                raise DataError(f"the {split} split has no usable row")
+            rank_zero_info(f"{split}: {describe(rows)}")
+        self._rows.update(loaded)
+
+    @property
+    def train_rows(self) -> list[TokenizedRow]:
+        """Rows of the train split, after `setup`."""
+        return self.rows("train")
+
+    def rows(self, split: Split) -> list[TokenizedRow]:
+        """Rows of a split, after `setup`; row i has row id i."""
+        if split not in self._rows:
+            raise DataError(f"there are no {split} rows: give {split}_file, and call setup first")
+        return self._rows[split]
+
+    def has_rows(self, split: Split) -> bool:
+        """Whether `setup` found rows for a split."""
+        return split in self._rows
+
+    def fingerprint(self, split: Split) -> str:
+        """SHA-256 over the token ids of a split, for the cache of reference log-probs."""
+        return fingerprint(self.rows(split))
+
+    def attach_reference_logps(self, split: Split, logps: Sequence[Sequence[np.ndarray]]) -> None:
+        """Let a split's batches carry `ref_per_token_logps`.
+
+        Args:
+            split: which.
+            logps: for each row, in order, one (N,) array for each of its sequences.
+
+        Raises:
+            DataError: other numbers of rows, sequences or tokens than the split has.
+        """
+        rows = self.rows(split)
+        shapes = [[len(s.response_ids) for s in row.sequences] for row in rows]
+        if shapes != [[len(values) for values in row] for row in logps]:
+            raise DataError(f"reference log-probs do not fit the {split} rows")
+        self._rows[split] = [
+            dataclasses.replace(
+                row,
+                sequences=tuple(
+                    dataclasses.replace(sequence, ref_per_token_logps=values)
+                    for sequence, values in zip(row.sequences, row_logps, strict=True)
+                ),
+            )
+            for row, row_logps in zip(rows, logps, strict=True)
+        ]
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """Shuffled anew each epoch."""
+        return self.dataloader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[PackedBatch] | list[Any]:
+        """Longest rows first; no loader where there are no validation rows."""
+        if not self.has_rows("validation"):
+            return []
+        return self.dataloader("validation", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[PackedBatch]:
+        """Longest rows first."""
+        return self.dataloader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[PackedBatch]:
+        """In the order of the file."""
+        return self.dataloader("predict", self.eval_batch_size, group_by_length=False)
+
+    def dataloader(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        group_by_length: bool | None = None,
+    ) -> DataLoader[PackedBatch]:
+        """Batches of a split for this rank; see `BatchSampler` for how they are made up."""
+        rows = self.rows(split)
+        strategy = getattr(self.trainer, "strategy", None)
+        sampler = BatchSampler(
+            [row.num_tokens for row in rows],
+            batch_size,
+            shuffle=shuffle,
+            group_by_length=self.group_by_length if group_by_length is None else group_by_length,
+            seed=self.seed,
+            **getattr(strategy, "distributed_sampler_kwargs", {}),
+        )
+        tokenizer = self.tokenizer
+        pad_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        return DataLoader(
+            TokenizedRows(rows),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=sampler,  # type: ignore[arg-type]
+            collate_fn=functools.partial(collate, pad_id=pad_id),  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _missing_splits(self, stage: str | None) -> list[Split]:
+        """The splits to load; validation rows may have to be split off the train rows."""
+        given = {**self.sources, **self._typed_rows}
+        splits = set(STAGE_SPLITS[stage])
+        if "validation" in splits and "validation" not in given and self.validation_fraction:
+            splits.add("train")
+        return [split for split in SPLITS if split in splits - set(self._rows)]
+
+    def _handle_bad_rows(self) -> None:
+        """Stop, or write them down and go on."""
+        if self.on_bad_row == "error":
+            self.bad_rows.raise_if_any()
+        trainer = self.trainer
+        folder = self.output_dir or (trainer.default_root_dir if trainer is not None else ".")
+        rank_zero_only(self.bad_rows.write)(folder)
+        rank_zero_info(f"{self.bad_rows.report()}\nskipped; written to {folder}")
+
+
+class PreferenceDataModule(TextDataModule):
+    """Preference pairs, for DPO: two sequences a row, chosen and rejected."""
+
+    row_type = PreferenceRow
+
+
+class SFTDataModule(TextDataModule):
+    """Instruction rows, for supervised fine-tuning."""
+
+    row_type = SFTRow
+
+    def __init__(self, *args: Any, train_on: TrainOn = "last", **kwargs: Any) -> None:
+        """Arguments of `TextDataModule`, and one more.
+
+        Args:
+            *args: see `TextDataModule`.
+            train_on: of a conversation, the last assistant turn (`last`) or every one
+                (`all_assistant`; tokens in between get weight 0).
+            **kwargs: see `TextDataModule`.
+        """
+        super().__init__(*args, **kwargs)
+        if train_on not in ("last", "all_assistant"):
+            raise DataError(f"train_on is {train_on!r}: last | all_assistant")
+        self.train_on = train_on
+
+
+class UnlearningDataModule(TextDataModule):
+    """Responses to forget (REJECTED, with token weights) and good ones to retain (CHOSEN)."""
+
+    row_type = UnlearningRow

@@ -1,0 +1,106 @@
+"""Reading rows: JSONL, JSON, a saved `datasets` folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lit_align.data.bad_rows import BadRowError, BadRows
+from lit_align.errors import DataError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_rows(source: str | Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number counted from 1, values) of each row; unreadable ones go to `bad_rows`.
+
+    Args:
+        source: a `.jsonl` or `.json` (one list) file, a folder written by `save_to_disk`, or a hub
+            id such as `trl-lib/ultrafeedback_binarized`. The last two take a split after a colon:
+            `trl-lib/ultrafeedback_binarized:test[:100]`; default `train`. The network is used for
+            hub ids alone.
+        bad_rows: where lines that are not UTF-8, not JSON or not an object are noted.
+
+    Raises:
+        DataError: nothing is there, or a file of an unknown kind.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path, bad_rows)
+        if path.suffix == ".json":
+            return _read_json(path, bad_rows)
+        raise DataError(f"{path}: the name must end in .jsonl or .json")
+    return enumerate(_load_dataset(str(source)), 1)
+
+
+def _read_jsonl(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Only '\n' ends a line: U+2028 and the like may stand inside a JSON string.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                yield number, _object(_parse(line))
+            except BadRowError as error:
+                bad_rows.add(str(path), number, error, line.decode("utf-8", "backslashreplace"))
+
+
+def _read_json(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        values = _parse(path.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    except BadRowError as error:
+        raise DataError(f"{path}: {error}") from error
+    if not isinstance(values, list):
+        raise DataError(f"{path}: expected a list of rows, found {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        try:
+            yield number, _object(value)
+        except BadRowError as error:
+            bad_rows.add(str(path), number, error, value)
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRowError("not UTF-8", f"byte {error.start}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRowError("not JSON", str(error)) from error
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRowError("not a JSON object", type(value).__name__)
+    return value
+
+
+def _load_dataset(source: str) -> datasets.Dataset:
+    """A saved folder, or a data set of the hub."""
+    name, _, split = source.partition(":")
+    if Path(name).is_dir():
+        loaded = _load_folder(name)
+        if isinstance(loaded, datasets.DatasetDict):
+            split = split or "train"
+            if split not in loaded:
+                raise DataError(f"{name}: no split {split!r}; there are {', '.join(loaded)}")
+            return loaded[split]
+        return loaded
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
+        raise DataError(f"{source}: no such file or folder")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: neither here nor readable from the hub: {error}") from error
+
+
+def _load_folder(name: str) -> datasets.Dataset | datasets.DatasetDict:
+    try:
+        return datasets.load_from_disk(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{name}: not a folder written by save_to_disk: {error}") from error
