@@ -1,0 +1,45 @@
+"""Packed bitmaps: bit i of byte j stands for the flat position 8·j + i."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bitmap = NDArray[np.uint8]
+Flags = NDArray[np.bool_]
+
+_ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(
+    1, dtype=np.uint8
+)
+
+
+def num_bytes(numel: int) -> int:
+    """Bytes of a bitmap over `numel` positions."""
+    return (numel + 7) // 8
+
+
+def pack(flags: Flags) -> Bitmap:
+    """Flat flags as a bitmap; the bits past the end are zero."""
+    return np.packbits(flags, bitorder="little")
+
+
+def unpack(bitmap: Bitmap, numel: int) -> Flags:
+    """The first `numel` bits as flat flags."""
+    return np.unpackbits(bitmap, count=numel, bitorder="little").view(np.bool_)
+
+
+def popcount(bitmap: Bitmap) -> int:
+    """How many bits are set."""
+    return int(_ONES_IN_BYTE[bitmap].sum(dtype=np.int64))
+
+
+def clear_tail(bitmap: Bitmap, numel: int) -> Bitmap:
+    """Zero, in place, the bits past position `numel`; returns the bitmap."""
+    if numel % 8:
+        bitmap[-1] &= (1 << numel % 8) - 1
+    return bitmap
+
+
+def has_stray_bits(bitmap: Bitmap, numel: int) -> bool:
+    """Whether a bit past position `numel` is set."""
+    return bool(numel % 8) and int(bitmap[-1]) >> (numel % 8) != 0

@@ -1,0 +1,168 @@
+"""Masks on disk: one safetensors file whose metadata is a JSON document.
+
+The document lists every parameter (name, kind, shape, axis) with the mask's metadata; a tensor
+stands under the parameter's name where rows (int32 or int64) or elements (a bitmap, 1 bit an entry)
+are selected. A checksum covers the document, and the digest in it the selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_align.errors import MaskError
+from lit_align.masks import bitmap as bits
+from lit_align.masks.granularity import Selection, num_rows
+from lit_align.masks.metadata import MaskMetadata
+
+_KEY = "lit_align.parameter_mask"
+_DOCUMENT_KEYS = {"metadata", "parameters", "digest"}
+_PARAMETER_KEYS = {"name", "kind", "shape", "axis"}
+
+
+def write(
+    path: Path, selections: Mapping[str, Selection], metadata: MaskMetadata, digest: str
+) -> None:
+    """Write a mask under a temporary name, flush it to disk, and rename it to `path`."""
+    document: dict[str, Any] = {
+        "metadata": dataclasses.asdict(metadata),
+        "parameters": [
+            {"name": name, "kind": s.kind, "shape": list(s.shape), "axis": s.axis}
+            for name, s in selections.items()
+        ],
+        "digest": digest,
+    }
+    try:
+        document["checksum"] = _checksum(document)
+        text = json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise MaskError(f"{path}: the mask's metadata does not fit JSON: {error}") from error
+    tensors = {name: t for name, s in selections.items() if (t := _tensor(s)) is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, {_KEY: text})
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def read(path: Path) -> tuple[dict[str, Selection], MaskMetadata, str]:
+    """The selections, the metadata and the digest of a file; the caller compares the digest."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = _document(path, (file.metadata() or {}).get(_KEY))
+            expected = [p["name"] for p in document["parameters"] if _has_tensor(p)]
+            _check_tensor_names(path, set(expected), set(file.keys()))
+            selections = {p["name"]: _read_selection(path, p, file) for p in document["parameters"]}
+    except (SafetensorError, OSError) as error:
+        raise MaskError(f"{path}: cannot be read as a mask: {error}") from error
+    if len(selections) != len(document["parameters"]):
+        raise MaskError(f"{path}: a parameter is listed twice")
+    try:
+        metadata = MaskMetadata(**document["metadata"])
+    except (TypeError, MaskError) as error:
+        raise MaskError(f"{path}: {error}") from error
+    return selections, metadata, document["digest"]
+
+
+def _tensor(selection: Selection) -> Tensor | None:
+    if selection.rows is None:
+        return selection.bitmap
+    units = num_rows(selection.shape, selection.axis)
+    return selection.rows.to(torch.int32) if units < 2**31 else selection.rows
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _document(path: Path, text: str | None) -> dict[str, Any]:
+    """Parse and check the JSON document, down to the type of every field that `read` uses."""
+    if text is None:
+        raise MaskError(f"{path}: not a mask (no {_KEY!r} in its metadata)")
+    try:
+        document = json.loads(text)
+        checksum = document.pop("checksum")
+        intact = checksum == _checksum(document) and set(document) == _DOCUMENT_KEYS
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise MaskError(f"{path}: its JSON document is damaged: {error!r}") from error
+    if not intact or not isinstance(document["metadata"], dict):
+        raise MaskError(f"{path}: its JSON document is damaged: the checksum does not match")
+    if not isinstance(document["parameters"], list):
+        raise MaskError(f"{path}: the list of parameters is missing")
+    for parameter in document["parameters"]:
+        _check_parameter(path, parameter)
+    return document
+
+
+def _check_parameter(path: Path, parameter: Any) -> None:
+    well_formed = (
+        isinstance(parameter, dict)
+        and set(parameter) == _PARAMETER_KEYS
+        and isinstance(parameter["name"], str)
+        and isinstance(parameter["kind"], str)
+        and isinstance(parameter["shape"], list)
+        and all(type(n) is int for n in parameter["shape"])
+        and type(parameter["axis"]) is int
+    )
+    if not well_formed:
+        raise MaskError(f"{path}: malformed entry in the list of parameters: {parameter!r:.200}")
+
+
+def _has_tensor(parameter: dict[str, Any]) -> bool:
+    return parameter["kind"] in ("rows", "elements")
+
+
+def _check_tensor_names(path: Path, expected: set[str], found: set[str]) -> None:
+    for name in sorted(expected - found):
+        raise MaskError(f"{path}: the tensor of {name!r} is missing")
+    for name in sorted(found - expected):
+        raise MaskError(f"{path}: unexpected tensor {name!r}")
+
+
+def _read_selection(path: Path, parameter: dict[str, Any], file: Any) -> Selection:
+    name, kind, shape = parameter["name"], parameter["kind"], tuple(parameter["shape"])
+    try:
+        empty = Selection("none", shape)  # checks the shape before anything is sized by it
+        if not _has_tensor(parameter):
+            return Selection(kind, shape)
+        _check_size(empty, parameter, file.get_slice(name))
+        tensor = file.get_tensor(name).clone()  # not a view of the mapped file
+        if kind == "elements":
+            return Selection.of_bitmap(shape, tensor)
+        return Selection.of_rows(shape, tensor.to(torch.int64), parameter["axis"])
+    except MaskError as error:
+        raise MaskError(f"{path}: {name!r}: {error}") from error
+
+
+def _check_size(empty: Selection, parameter: dict[str, Any], stored: Any) -> None:
+    """Compare the stored tensor's dtype and size with what the shape allows, before reading it."""
+    dtype, size = stored.get_dtype(), stored.get_shape()
+    if parameter["kind"] == "elements":
+        if dtype != "U8" or size != [bits.num_bytes(empty.numel)]:
+            raise MaskError(f"a bitmap over {empty.numel} entries is stored as {dtype} {size}")
+    elif dtype not in ("I32", "I64") or len(size) != 1 or size[0] > empty.numel:
+        raise MaskError(f"row indices are stored as {dtype} {size}")

@@ -1,0 +1,127 @@
+"""`select`: the only top-k of lit-align, from scores to a mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lit_align.errors import LocalizationError, MaskError
+from lit_align.masks import units
+from lit_align.masks.granularity import Selection
+from lit_align.masks.metadata import MaskMetadata
+from lit_align.masks.parameter_mask import ParameterMask
+from lit_align.masks.topk import Threshold, top_k
+
+Granularity = Literal["element", "row", "layer"]
+Scope = Literal["global", "per_parameter"]
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    ratio: float,
+    scope: Scope = "global",
+    *,
+    granularity: Granularity = "element",
+    row_axes: Mapping[str, int] | None = None,
+    method: str = "scores",
+    base_fingerprint: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> ParameterMask:
+    """Select the units with the largest scores, exactly and without joining the tensors.
+
+    Equal scores are taken in the order of the mapping, then of the position, so that the mask of a
+    smaller ratio is a subset of the mask of a larger one. `metadata.extra` of the mask says where
+    the cut is: `threshold` (the smallest selected score; per parameter: the smallest of all),
+    `threshold_parameter` (whose it is; only per parameter) and `ties_at_threshold` (scores equal to
+    the threshold / units selected, counted where some of the equals had to be left out).
+
+    Args:
+        scores: parameter name -> float tensor of the parameter's shape, larger = more important.
+            Any mapping: it is read a few times, one tensor at a time, and may compute on reading.
+        ratio: share of the units to select, in (0, 1]. Elements: round(ratio · total), at least 1;
+            rows and layers: ceil(ratio · units).
+        scope: `global` ranks all units together, `per_parameter` inside each parameter.
+        granularity: the unit: single elements, rows, or whole parameters (`layer`); a row or a
+            layer is scored by the mean of its elements.
+        row_axes: for rows: axis of the output units by parameter name, 0 where not named; 1 for
+            GPT-2's `Conv1D` (`conv1d_row_axes` finds them).
+        method: for the metadata: where the scores come from.
+        base_fingerprint: for the metadata: of the model that was scored.
+        extra: for the metadata: more to remember; must fit JSON.
+
+    Raises:
+        MaskError: a ratio outside (0, 1], or an unknown scope or granularity.
+        LocalizationError: a score is NaN or not a float (names the parameter), or there are none.
+    """
+    _check_arguments(ratio, scope, granularity)
+    if granularity == "element":
+        selections, cuts = _rank(scores, scope, lambda total: max(1, round(ratio * total)))
+    else:
+        kind: units.Unit = "row" if granularity == "row" else "parameter"
+        table = units.reduce_to_units(scores, kind, row_axes or {})
+        chosen, cuts = _rank(table.means, scope, lambda total: ceil_share(ratio, total))
+        selections = table.expand(chosen)
+    metadata = MaskMetadata(
+        method=method,
+        granularity=granularity,
+        ratio=ratio,
+        scope=scope,
+        base_fingerprint=base_fingerprint,
+        extra=dict(extra or {}) | _describe(cuts, scope),
+    )
+    return ParameterMask(selections, metadata)
+
+
+def ceil_share(ratio: float, total: int) -> int:
+    """ceil(ratio · total) with the ratio taken as the decimal it is written as.
+
+    >>> ceil_share(0.07, 100), math.ceil(0.07 * 100)
+    (7, 8)
+    """
+    return math.ceil(Fraction(str(ratio)) * total)
+
+
+def _rank(
+    scores: Mapping[str, Tensor], scope: Scope, k_of_total: Callable[[int], int]
+) -> tuple[dict[str, Selection], dict[str, Threshold]]:
+    """The best units of every parameter, and the cut under each parameter (`""`: of all)."""
+    if scope == "global":
+        selections, cut = top_k(scores, k_of_total)
+        return selections, {"": cut}
+    selections, cuts = {}, {}
+    for name in scores:
+        tensor = scores[name]
+        if tensor.numel() == 0:
+            selections[name] = Selection.none(tensor.shape)
+            continue
+        chosen, cuts[name] = top_k({name: tensor}, k_of_total)
+        selections |= chosen
+    if not cuts:
+        raise LocalizationError("there are no scores to select from")
+    return selections, cuts
+
+
+def _describe(cuts: Mapping[str, Threshold], scope: Scope) -> dict[str, Any]:
+    lowest = min(cuts, key=lambda name: cuts[name].value)
+    value = cuts[lowest].value
+    taken = sum(cut.k for cut in cuts.values())
+    described = {
+        "threshold": value if math.isfinite(value) else str(value),  # JSON has no infinity
+        "ties_at_threshold": sum(cut.undecided for cut in cuts.values()) / taken,
+    }
+    return described | ({} if scope == "global" else {"threshold_parameter": lowest})
+
+
+def _check_arguments(ratio: float, scope: str, granularity: str) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise MaskError(f"the ratio of a mask is a number in (0, 1], not {ratio!r}")
+    if scope not in get_args(Scope):
+        raise MaskError(f"the scope is one of {get_args(Scope)}, not {scope!r}")
+    if granularity not in get_args(Granularity):
+        raise MaskError(f"the granularity is one of {get_args(Granularity)}, not {granularity!r}")
+    if granularity == "layer" and scope == "per_parameter":
+        raise MaskError("a layer is a whole parameter: it cannot be ranked inside a parameter")
