@@ -41,6 +41,8 @@ def implementation_for(operation: str, device: torch.device) -> Implementation:
             f"LIT_ALIGN_KERNELS=triton, but {operation} has no Triton kernel; set it to auto or torch"
         )
     on_gpu = device.type == "cuda" and operation in TRITON_OPERATIONS
-    picked: Implementation = "triton" if choice == "triton" or (choice == "auto" and on_gpu) else "torch"
+    picked: Implementation = (
+        "triton" if choice == "triton" or (choice == "auto" and on_gpu) else "torch"
+    )
     _log_choice(operation, picked, f"LIT_ALIGN_KERNELS={choice}, device {device.type}")
     return picked

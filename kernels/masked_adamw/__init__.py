@@ -10,7 +10,13 @@ __all__ = ["AdamWEntry", "masked_adamw_"]
 
 
 def masked_adamw_(
-    batch: list[AdamWEntry], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    batch: list[AdamWEntry],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
 ) -> None:
     """One AdamW step, in place, on every entry of `batch`.
 

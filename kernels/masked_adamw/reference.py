@@ -46,7 +46,13 @@ class AdamWEntry:
 
 @torch.no_grad()
 def masked_adamw_(
-    batch: list[AdamWEntry], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    batch: list[AdamWEntry],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
 ) -> None:
     """See `lit_align_kernels.masked_adamw.masked_adamw_`."""
     adamw(

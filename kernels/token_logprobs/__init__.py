@@ -63,7 +63,13 @@ class _TokenLogprobs(torch.autograd.Function):
         wants_hidden, wants_dense, wants_selected, wants_bias = ctx.needs_input_grad[:4]
         with torch.autocast(hidden.device.type, enabled=False):
             d_hidden, d_weight, d_bias = reference.backward(
-                grad.float(), logsumexp, hidden, weight, bias, targets, ctx.settings,
+                grad.float(),
+                logsumexp,
+                hidden,
+                weight,
+                bias,
+                targets,
+                ctx.settings,
                 ctx.entries if wants_selected else None,
                 (wants_hidden, wants_dense or wants_selected, wants_bias),
             )

@@ -112,7 +112,9 @@ def backward(
     """
     needs_hidden, needs_weight, needs_bias = needs
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+    grad_bias = (
+        torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+    )
     grad_weight = None
     if needs_weight:
         size = weight.shape if entries is None else (entries.numel,)

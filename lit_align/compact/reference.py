@@ -1,0 +1,54 @@
+"""The reference policy without a second model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from lit_align_kernels.swap_selected import swap_selected_
+from torch import nn
+
+from lit_align.compact import graphs
+from lit_align.compact.state import Link, links
+from lit_align.errors import TrainingError
+
+
+def _exchange(link: Link) -> None:
+    state = link.state
+    assert state.base is not None
+    state.move_to(link.weight.device, link.weight.dtype)
+    with torch.no_grad():
+        swap_selected_(link.weight.detach(), state.entries, state.base)
+
+
+@contextlib.contextmanager
+def reference_policy(model: nn.Module) -> Iterator[None]:
+    """Base values stand in place of the selected entries inside this context; no grad is recorded.
+
+    Raises:
+        TrainingError: where the model is not restricted, keeps no base values, or where a forward
+            through compact weights still waits for its backward (the swap would spoil it): compute
+            the reference's log-probs before the policy's.
+    """
+    found = links(model)
+    if not found or any(link.state.base is None for link in found):
+        raise TrainingError(
+            "reference_policy needs a model restricted with keep_base=True; a model that trains "
+            "wholly has no base values to swap in: use precomputed reference log-probs"
+        )
+    if waiting := graphs.unfinished():
+        raise TrainingError(
+            f"reference_policy inside an unfinished graph: {waiting} outputs of compact modules "
+            "wait for their backward; run the reference's forward first"
+        )
+    done: list[Link] = []
+    try:
+        with torch.no_grad():
+            for link in found:
+                _exchange(link)
+                done.append(link)
+            yield
+    finally:
+        for link in done:
+            _exchange(link)

@@ -1,0 +1,37 @@
+"""New values reach the weights whatever optimiser made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lit_align.compact.state import Link, links, live_modules, module_links
+
+
+def sync(model: nn.Module) -> None:
+    """Write every selected entry of a restricted model into its weight (after averaging, say)."""
+    for link in links(model):
+        link.write_through()
+
+
+def linked(optimizer: Optimizer) -> dict[int, Link]:
+    """Links of the optimiser's parameters by `id(parameter)`; wholly selected ones need none."""
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found: dict[int, Link] = {}
+    for module in list(live_modules):
+        for link in module_links(module):
+            if id(link.selected) in ids and not link.is_whole:
+                found.setdefault(id(link.selected), link)
+    return found
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if live_modules and not getattr(optimizer, "writes_through", False):
+        for link in linked(optimizer).values():
+            link.write_through()
+
+
+register_optimizer_step_post_hook(_after_step)

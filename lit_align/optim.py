@@ -1,0 +1,111 @@
+"""MaskedAdamW: AdamW whose state, decay and clipping live inside the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lit_align_kernels.masked_adamw import AdamWEntry, masked_adamw_
+from torch import Tensor
+
+from lit_align.compact.state import Link
+from lit_align.compact.write_through import linked
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW over the trainable parameters of a restricted model (or of any model).
+
+    Moments and masters have the size of the selected entries, since those are the only trainable
+    Parameters; decoupled weight decay therefore cannot move anything else. New values are written
+    into the weights by the same call. With every entry selected it follows `torch.optim.AdamW`.
+
+    Args:
+        params: trainable parameters or groups of them, in fp32.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay of the selected entries.
+
+    Raises:
+        ValueError: a setting is out of range.
+        TypeError: a parameter is not fp32 (a restricted model has none such).
+    """
+
+    writes_through = True  # the hook after every optimiser's step leaves these weights alone
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        beta1, beta2 = betas
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(
+                f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} out of range"
+            )
+        defaults = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self._links: dict[int, Link] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; the links to the weights are looked up again."""
+        super().__setstate__(state)
+        self._links = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters must be fp32."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype != torch.float32:
+                raise TypeError(
+                    f"MaskedAdamW trains fp32 parameters, got {parameter.dtype}: restrict the model "
+                    "(selected entries are fp32 masters) or load it in float32"
+                )
+        self._links = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a closure, which computes the gradients, runs first.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._links is None:
+            self._links = linked(self)
+        for group in self.param_groups:
+            batch = [self._entry(p) for p in group["params"] if p.grad is not None]
+            masked_adamw_(
+                batch,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+        return loss
+
+    def _entry(self, parameter: Tensor) -> AdamWEntry:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        assert self._links is not None and parameter.grad is not None
+        link = self._links.get(id(parameter))
+        return AdamWEntry(
+            parameter,
+            parameter.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            None if link is None else link.weight,
+            None if link is None else link.state.entries,
+        )
