@@ -38,7 +38,7 @@ def implementation_for(operation: str, device: torch.device) -> Implementation:
         raise ValueError(f"LIT_ALIGN_KERNELS={choice!r}: choose auto, triton or torch")
     if choice == "triton" and operation not in TRITON_OPERATIONS:
         raise NotImplementedError(
-            f"LIT_ALIGN_KERNELS=triton, but {operation} has no Triton kernel; set it to auto or torch"
+            f"LIT_ALIGN_KERNELS=triton, but {operation} has no Triton kernel: set auto or torch"
         )
     on_gpu = device.type == "cuda" and operation in TRITON_OPERATIONS
     picked: Implementation = (

@@ -62,8 +62,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dtype != torch.float32:
                 raise TypeError(
-                    f"MaskedAdamW trains fp32 parameters, got {parameter.dtype}: restrict the model "
-                    "(selected entries are fp32 masters) or load it in float32"
+                    f"MaskedAdamW trains fp32 parameters, got {parameter.dtype}: restrict the "
+                    "model (selected entries are fp32 masters) or load it in float32"
                 )
         self._links = None
 

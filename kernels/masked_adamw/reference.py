@@ -14,11 +14,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
-from torch.optim.adamw import adamw
-
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import scatter_entries_
+from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 @dataclasses.dataclass

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lit_align_kernels.entries import Entries
+from torch import Tensor
 
 BLOCK_ENTRIES = 1 << 20  # entries of the dense product that exist at once (4 MiB in fp32)
 

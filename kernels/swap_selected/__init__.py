@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lit_align_kernels import dispatch
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import reference
 from lit_align_kernels.swap_selected.reference import gather_entries, scatter_entries_
+from torch import Tensor
 
 __all__ = ["gather_entries", "scatter_entries_", "swap_selected_"]
 

@@ -1,15 +1,14 @@
 """Read, write and exchange the selected entries of a weight, in plain torch.
 
-`values` hold the entries in the order of `Entries`: row by row for `rows` (a column of the weight is
-one contiguous row of `values` where axis = 1), by increasing position for `elements` and `all`.
+`values` hold the entries in the order of `Entries`: row by row for `rows` (a column of the weight
+is one contiguous row of `values` where axis = 1), by increasing position for the other kinds.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lit_align_kernels.entries import Entries
+from torch import Tensor
 
 
 def _rows_view(weight: Tensor, axis: int) -> Tensor:

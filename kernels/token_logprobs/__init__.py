@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
 from lit_align_kernels import dispatch
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.token_logprobs import reference
 from lit_align_kernels.token_logprobs.reference import HeadSettings, TokenStatistics
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["TokenStatistics", "WeightHandle", "token_logprobs", "token_logprobs_with_statistics"]
 
@@ -119,7 +118,7 @@ def token_logprobs(
     soft_cap: float | None = None,
     max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
 ) -> Tensor:
-    """log softmax(hidden · weightᵀ)[target] for every target.
+    """Log softmax(hidden · weightᵀ)[target] for every target.
 
     Args:
         hidden: (N, D) hidden states that predict the targets; fp32, bf16 or fp16.
@@ -151,7 +150,7 @@ def token_logprobs_with_statistics(
     soft_cap: float | None = None,
     max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
 ) -> tuple[Tensor, TokenStatistics]:
-    """`token_logprobs`, and what is worth logging of the distributions (one more pass, no gradient)."""
+    """`token_logprobs`, and what is worth logging of the distributions (one more pass)."""
     logps, logsumexp, handle, settings = _apply(
         hidden, weight, targets, bias, logit_scale, soft_cap, max_logits_bytes
     )

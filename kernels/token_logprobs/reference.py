@@ -13,10 +13,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
-
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import gather_block
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

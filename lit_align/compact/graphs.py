@@ -20,7 +20,7 @@ _waiting: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
 
 def track(output: Tensor) -> Tensor:
-    """Note that `output` waits for its gradient (nothing to note under torch.compile or no_grad)."""
+    """Note that `output` waits for its gradient (nothing to do under torch.compile or no_grad)."""
     if torch.compiler.is_compiling() or not output.requires_grad:
         return output
     graph = _Graph()

@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """Rows of the weight by token id; only selected entries of the rows that occur get a gradient."""
+    """Rows of the weight by token id; selected entries of rows that occur get a gradient."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ def _embedding_gradient(ids: Tensor, grad: Tensor, entries: Entries) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The weight itself; the dense gradient that comes back is gathered into `selected` and freed."""
+    """The weight itself; its dense gradient is gathered into `selected` and freed."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, selected: Tensor, entries: Entries) -> Tensor:

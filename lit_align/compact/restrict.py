@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import gather_entries
 from lit_align_kernels.token_logprobs import WeightHandle
-from lit_align_kernels.entries import Entries
 from torch import nn
 
 from lit_align.compact.layers import make_compact
@@ -17,9 +17,9 @@ from lit_align.masks import ParameterMask
 def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -> nn.Module:
     """Restrict training to the selected entries, in place.
 
-    Every parameter is frozen. A module that holds a partly selected parameter changes its class and
-    gets `selected`: the selected entries in fp32. A wholly selected fp32 parameter stays as it is and
-    trains. Tied parameters have one `selected` that every use feeds.
+    Every parameter is frozen. A module that holds a partly selected parameter changes its class
+    and gets `selected`: the selected entries in fp32. A wholly selected fp32 parameter stays as it
+    is and trains. Tied parameters have one `selected` that every use feeds.
 
     Args:
         model: a causal language model (any nn.Module), not restricted yet.

@@ -25,8 +25,8 @@ class CompactParameter:
     Attributes:
         name: the parameter's name in the mask (its full name in the model).
         entries: which entries train, in the order of the trainable vector.
-        base: (M,) the base's values of those entries in the weight's dtype, or None where the caller
-            asked not to keep them.
+        base: (M,) the base's values of those entries in the weight's dtype, or None where the
+            caller asked not to keep them.
         trainable: attribute of the module that holds the trainable Parameter, or None where the
             parameter is wholly selected in fp32 and trains itself.
     """
@@ -49,7 +49,7 @@ def trainable_name(parameter_name: str) -> str:
 
 
 def compact_state(module: nn.Module) -> dict[str, CompactParameter]:
-    """The compact parameters of one module, by the parameter's own name; empty where it has none."""
+    """The compact parameters of one module, by the parameter's own name; empty where none is."""
     return module.__dict__.get(STATE, {})
 
 

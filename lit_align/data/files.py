@@ -70,7 +70,7 @@ def _parse(text: bytes) -> Any:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRowError("not UTF-8", f"byte {error.start}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRowError("not JSON", str(error)) from error
 
 

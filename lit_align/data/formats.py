@@ -8,13 +8,21 @@ row. Content may be text, chat messages, or token ids (columns that end in `_ids
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lit_align.data.bad_rows import BadRowError
-from lit_align.data.schema import Content, Message, PreferenceRow, SFTRow, UnlearningRow
+from lit_align.data.schema import (
+    Content,
+    Message,
+    PreferenceRow,
+    SFTRow,
+    UnlearningRow,
+    is_messages,
+)
+from lit_align.data.validate import IDENTICAL
 
 Columns = Mapping[str, Any]
 
@@ -76,37 +84,32 @@ def _preference(columns: Columns) -> PreferenceRow:
 
 def _whole_conversation(content: Any) -> bool:
     """Messages that begin with a prompt instead of the response."""
-    return isinstance(content, list) and bool(content) and content[0].get("role") != "assistant"
+    return is_messages(content) and content[0].get("role") != "assistant"
 
 
 def _implicit_prompt(columns: Columns) -> PreferenceRow:
     """chosen, rejected: the prompt is the beginning that both share."""
     chosen, rejected = columns["chosen"], columns["rejected"]
-    shared: Any = os.path.commonprefix([chosen, rejected])
-    if isinstance(chosen, list):
-        if len(shared) == len(chosen) == len(rejected):  # the same twice: a bad row, named later
-            shared = shared[:-1]
-        shared = [m for m in shared]
-    elif shared.endswith(" "):  # tokenizers want the space at the beginning of the next word
-        shared = shared[:-1]
-    size = len(shared)
-    return _with_weights(columns, shared, chosen[size:], rejected[size:])
+    if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
+        raise BadRowError("chosen and rejected are neither two texts nor two lists of messages")
+    if chosen == rejected:
+        raise BadRowError(IDENTICAL)
+    pairs = zip(chosen, rejected, strict=False)
+    size = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if isinstance(chosen, str) and chosen[:size].endswith(" "):
+        size -= 1  # tokenizers want the space at the beginning of the next word
+    return _with_weights(columns, chosen[:size], chosen[size:], rejected[size:])
 
 
 def _transcript_pair(columns: Columns) -> PreferenceRow:
-    """chosen, rejected: Anthropic transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ..."."""
-    return _implicit_prompt(
-        {
-            **columns,
-            "chosen": parse_transcript(columns["chosen"]),
-            "rejected": parse_transcript(columns["rejected"]),
-        }
-    )
+    """chosen, rejected: Anthropic transcripts, each turn after Human: or Assistant:."""
+    chosen, rejected = parse_transcript(columns["chosen"]), parse_transcript(columns["rejected"])
+    return _implicit_prompt({**columns, "chosen": chosen, "rejected": rejected})
 
 
-def parse_transcript(text: str) -> list[Message]:
+def parse_transcript(text: Any) -> list[Message]:
     """Messages of an Anthropic transcript; white space around each is dropped."""
-    before, *turns = TURN.split(text)
+    before, *turns = TURN.split(text) if isinstance(text, str) else [""]
     if before.strip() or not turns:
         raise BadRowError("not a Human/Assistant transcript")
     return [
@@ -123,7 +126,7 @@ def _preference_ids(columns: Columns) -> PreferenceRow:
 
 
 def _solution_pair(columns: Columns) -> PreferenceRow:
-    """Question (or problem), solution, prediction: the solution is chosen, a wrong prediction not."""
+    """A question (or problem), its solution, and a wrong prediction, which is rejected."""
     if columns.get("is_correct"):
         raise BadRowError("the prediction is correct: no pair")
     return PreferenceRow(
@@ -186,8 +189,9 @@ def _response_ids(columns: Columns) -> SFTRow:
 
 def _alpaca(columns: Columns) -> SFTRow:
     """instruction, output, and an input that may be empty: one user's message, one answer."""
-    instruction, extra = columns["instruction"], columns.get("input")
-    question = f"{instruction}\n\n{extra}" if extra else instruction
+    question, extra = columns["instruction"], columns.get("input")
+    if isinstance(question, str) and isinstance(extra, str) and extra.strip():
+        question = f"{question}\n\n{extra}"
     return SFTRow(
         _as_messages(question, "user"),
         _as_messages(columns["output"], "assistant"),

@@ -75,7 +75,7 @@ class RowLoader:
         check_row(row)
         responses = [row.chosen, row.rejected] if isinstance(row, PreferenceRow) else [row.response]
         for content in [row.prompt, *responses]:
-            if found := self.tokenize.literal_special_tokens(content):
+            if found := self.tokenize.encoder.special_tokens_in(content):
                 raise BadRowError("special token as text", found[0])
         return self.tokenize(row, row_id)
 

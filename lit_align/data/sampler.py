@@ -11,7 +11,7 @@ WINDOW_BATCHES = 50
 
 
 class BatchSampler(DistributedSampler):
-    """Yields lists of row indices, one list a step; use it as `DataLoader(sampler=, batch_size=None)`.
+    """Yields lists of row indices, one a step, for `DataLoader(sampler=, batch_size=None)`.
 
     Global batches of `batch_size * num_replicas` rows are formed first and then dealt out, rank r
     taking every num_replicas-th row: so each epoch visits every row exactly once, and W ranks with

@@ -20,6 +20,7 @@ from lit_align.data.schema import (
 # Tab, line feed and carriage return are text; the other C0 and C1 controls and DEL are damage.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
+IDENTICAL = "chosen and rejected are identical"
 FIRST_ROLES = ("system", "developer")
 
 
@@ -36,7 +37,7 @@ def check_row(row: Row) -> None:
     for values in weights:
         _check_weights(values)
     if isinstance(row, PreferenceRow) and row.chosen == row.rejected:
-        raise BadRowError("chosen and rejected are identical")
+        raise BadRowError(IDENTICAL)
 
 
 def _responses(row: Row) -> tuple[list[Content], list[Any]]:

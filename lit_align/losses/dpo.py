@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) and its variants."""
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) and variants."""
 
 from __future__ import annotations
 

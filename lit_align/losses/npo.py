@@ -24,7 +24,7 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, beta: float = 0.1) -> Tens
 
 
 def token_npo_losses(per_token_logps: Tensor, ref_per_token_logps: Tensor, beta: float) -> Tensor:
-    """−logσ(−β·(log π_t − log π_ref,t)) for every token, any shape; no 2/β (ALLO, arXiv 2406.12606)."""
+    """−logσ(−β·(log π_t − log π_ref,t)) of every token, any shape (ALLO, arXiv 2406.12606)."""
     return -F.logsigmoid(-beta * (per_token_logps - ref_per_token_logps))
 
 

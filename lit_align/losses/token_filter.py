@@ -47,7 +47,7 @@ class TokenFilter:
 
     @torch.no_grad()
     def weights(self, rewards: Tensor, sequence_index: Tensor, is_rejected: Tensor) -> Tensor:
-        """q of every token: 1 counts, 0 is left out.
+        """Q of every token: 1 counts, 0 is left out.
 
         A token is kept where its Δ is at most the k-th lowest of its response, so ties are kept: at
         step 0, where every Δ is 0, nothing is dropped.

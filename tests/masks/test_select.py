@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_smaller_masks_are_nested_in_larger_ones():
     scores = random_scores(ties=True)
     for granularity in ("element", "row", "layer"):
         masks = [select(scores, r, granularity=granularity) for r in (0.05, 0.1, 0.3, 0.8)]
-        for small, large in zip(masks, masks[1:], strict=False):
+        for small, large in itertools.pairwise(masks):
             assert (small - large).count() == 0
 
 

@@ -1,0 +1,70 @@
+"""The one batch type of every objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+CHOSEN = 0
+REJECTED = 1
+
+
+@dataclasses.dataclass
+class PackedBatch:
+    """R rows of T tokens that hold S sequences with N targets; logits are needed for targets alone.
+
+    A preference pair is two sequences that stand side by side: 2i chosen, 2i + 1 rejected. In the
+    unlearning batch wrong responses are `REJECTED` and the retained good ones `CHOSEN`. In
+    supervised fine-tuning all are `CHOSEN`. Targets are ordered by sequence, then by position.
+
+    Attributes:
+        input_ids: (R, T) int64 token ids.
+        position_ids: (R, T) int64.
+        attention_mask: (R, T) int64, 1 where a token is real.
+        hidden_index: (N,) int64, into the (R·T) hidden states: the one that predicts target n.
+        target_ids: (N,) int64 token ids to be predicted.
+        sequence_index: (N,) int64 in [0, S): the sequence that target n belongs to.
+        token_weights: (N,) fp32.
+        sequence_roles: (S,) int64, CHOSEN or REJECTED.
+        row_ids: (S,) int64: index of the sequence's row in its dataset; -1 marks a filler (see
+            `BatchSampler`), whose token weights are 0 and which must not count anywhere.
+        ref_per_token_logps: (N,) fp32 log-probs of the reference policy, or None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    hidden_index: Tensor
+    target_ids: Tensor
+    sequence_index: Tensor
+    token_weights: Tensor
+    sequence_roles: Tensor
+    row_ids: Tensor
+    ref_per_token_logps: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.sequence_roles.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (not padding) tokens in the batch."""
+        return int(self.attention_mask.sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch on another device (Lightning's `move_data_to_device` calls this)."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in pinned memory (the DataLoader calls this)."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changes = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **changes)
