@@ -1,1 +1,20 @@
-"""Placeholder until the first module lands."""
+"""WHY entries are chosen: scores of parameters, and nothing else; `lit_align.masks` selects."""
+
+from lit_align.localizers.baselines import magnitude_scores, random_scores
+from lit_align.localizers.gradient import gradient_scores
+from lit_align.localizers.lazy import LazyScores
+from lit_align.localizers.weight_change import (
+    check_cut,
+    select_by_weight_change,
+    weight_change_scores,
+)
+
+__all__ = [
+    "LazyScores",
+    "check_cut",
+    "gradient_scores",
+    "magnitude_scores",
+    "random_scores",
+    "select_by_weight_change",
+    "weight_change_scores",
+]

@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_align.errors import MaskError
+from lit_align.files import write_atomically
 from lit_align.masks import bitmap as bits
 from lit_align.masks.granularity import Selection, num_rows
 from lit_align.masks.metadata import MaskMetadata
@@ -33,7 +33,7 @@ _PARAMETER_KEYS = {"name", "kind", "shape", "axis"}
 def write(
     path: Path, selections: Mapping[str, Selection], metadata: MaskMetadata, digest: str
 ) -> None:
-    """Write a mask under a temporary name, flush it to disk, and rename it to `path`."""
+    """Write a mask to `path`, whole or not at all; its folder is made where it is missing."""
     document: dict[str, Any] = {
         "metadata": dataclasses.asdict(metadata),
         "parameters": [
@@ -49,14 +49,7 @@ def write(
         raise MaskError(f"{path}: the mask's metadata does not fit JSON: {error}") from error
     tensors = {name: t for name, s in selections.items() if (t := _tensor(s)) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, {_KEY: text})
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+    write_atomically(path, save(tensors, {_KEY: text}))
 
 
 def read(path: Path) -> tuple[dict[str, Selection], MaskMetadata, str]:
@@ -88,15 +81,6 @@ def _tensor(selection: Selection) -> Tensor | None:
 def _checksum(document: dict[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _document(path: Path, text: str | None) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lit_align.errors import LocalizationError, MaskError
-from lit_align.masks import units
 from lit_align.masks.granularity import Selection
+from lit_align.masks.heads import HeadLayout, HeadScores, reduce_to_heads
 from lit_align.masks.metadata import MaskMetadata
 from lit_align.masks.parameter_mask import ParameterMask
 from lit_align.masks.topk import Threshold, top_k
+from lit_align.masks.units import UnitScores, reduce_to_units
 
-Granularity = Literal["element", "row", "layer"]
+Granularity = Literal["element", "row", "head", "layer"]
 Scope = Literal["global", "per_parameter"]
 
 
@@ -27,6 +28,7 @@ def select(
     *,
     granularity: Granularity = "element",
     row_axes: Mapping[str, int] | None = None,
+    heads: HeadLayout | None = None,
     method: str = "scores",
     base_fingerprint: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -43,28 +45,30 @@ def select(
         scores: parameter name -> float tensor of the parameter's shape, larger = more important.
             Any mapping: it is read a few times, one tensor at a time, and may compute on reading.
         ratio: share of the units to select, in (0, 1]. Elements: round(ratio · total), at least 1;
-            rows and layers: ceil(ratio · units).
-        scope: `global` ranks all units together, `per_parameter` inside each parameter.
-        granularity: the unit: single elements, rows, or whole parameters (`layer`); a row or a
-            layer is scored by the mean of its elements.
+            rows, heads and layers: ceil(ratio · units).
+        scope: `global` ranks all units together, `per_parameter` inside each parameter (heads:
+            inside each block).
+        granularity: the unit: single elements, rows, attention heads, or whole parameters
+            (`layer`); a row, head or layer is scored by the mean of its elements. A head selects
+            its q rows and its group's k and v rows, nothing outside attention.
         row_axes: for rows: axis of the output units by parameter name, 0 where not named; 1 for
             GPT-2's `Conv1D` (`conv1d_row_axes` finds them).
+        heads: for heads: where they lie.
         method: for the metadata: where the scores come from.
         base_fingerprint: for the metadata: of the model that was scored.
         extra: for the metadata: more to remember; must fit JSON.
 
     Raises:
-        MaskError: a ratio outside (0, 1], or an unknown scope or granularity.
+        MaskError: a ratio outside (0, 1], an unknown scope or granularity, or no head layout.
         LocalizationError: a score is NaN or not a float (names the parameter), or there are none.
     """
     _check_arguments(ratio, scope, granularity)
     if granularity == "element":
         selections, cuts = _rank(scores, scope, lambda total: max(1, round(ratio * total)))
     else:
-        kind: units.Unit = "row" if granularity == "row" else "parameter"
-        table = units.reduce_to_units(scores, kind, row_axes or {})
-        chosen, cuts = _rank(table.means, scope, lambda total: ceil_share(ratio, total))
-        selections = table.expand(chosen)
+        units = _reduce(scores, granularity, row_axes, heads)
+        chosen, cuts = _rank(units.means, scope, lambda total: ceil_share(ratio, total))
+        selections = units.expand(chosen)
     metadata = MaskMetadata(
         method=method,
         granularity=granularity,
@@ -74,6 +78,19 @@ def select(
         extra=dict(extra or {}) | _describe(cuts, scope),
     )
     return ParameterMask(selections, metadata)
+
+
+def _reduce(
+    scores: Mapping[str, Tensor],
+    granularity: Granularity,
+    row_axes: Mapping[str, int] | None,
+    heads: HeadLayout | None,
+) -> UnitScores | HeadScores:
+    if granularity == "head":
+        if heads is None:
+            raise MaskError("heads are selected by a layout: heads=HeadLayout.from_model(model)")
+        return reduce_to_heads(scores, heads)
+    return reduce_to_units(scores, "row" if granularity == "row" else "parameter", row_axes or {})
 
 
 def ceil_share(ratio: float, total: int) -> int:

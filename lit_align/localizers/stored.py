@@ -1,0 +1,123 @@
+"""Parameters of a model folder, read from its safetensors one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_align.errors import LocalizationError, ModelError
+from lit_align.language_model import weight_files
+from lit_align.masks import named_shapes
+
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+
+class StoredParameters:
+    """The tensors of a model folder under the names of the model's own parameters.
+
+    Where the folder's keys and shapes are not the parameters' (transformers joins the experts of a
+    mixture, adds a missing prefix, or a tied tensor was stored under its other name), the folder is
+    loaded through transformers, which holds the converted model in memory as long as this object
+    lives; else nothing but the tensor that is read.
+
+    Args:
+        folder: a Hugging Face folder, sharded or not.
+        shapes: name -> shape of the model's parameters.
+
+    Attributes:
+        dtypes: name -> dtype of the stored values.
+
+    Raises:
+        ModelError: the folder cannot be read.
+        LocalizationError: a parameter is not in it, has another shape, or is not stored as floats.
+    """
+
+    def __init__(self, folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, Path] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        stored = _inspect(self.folder)
+        if all(name in stored and stored[name][1] == shape for name, shape in shapes.items()):
+            for name in shapes:
+                self._files[name], _, dtype = stored[name]
+                if dtype not in _FLOATS:
+                    raise LocalizationError(
+                        f"{self.folder}: {name!r} is stored as {dtype}, not as floats"
+                    )
+                self.dtypes[name] = _FLOATS[dtype]
+        else:
+            self._loaded = _load_converted(self.folder, shapes)
+            self.dtypes = {name: tensor.dtype for name, tensor in self._loaded.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One parameter in fp32, a copy that the caller may write to."""
+        if name in self._loaded:
+            return self._loaded[name].to(torch.float32, copy=True)
+        try:
+            with safe_open(self._files[name], framework="pt") as file:
+                return file.get_tensor(name).to(torch.float32, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self._files[name]}: cannot read {name!r}: {error}") from error
+
+
+def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that a folder's model has, without loading it.
+
+    Raises:
+        ModelError: the folder has no config of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return named_shapes(AutoModelForCausalLM.from_config(config))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no config of a causal language model: {error}") from error
+
+
+def _inspect(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Key -> file, shape and dtype of every tensor, from the headers alone."""
+    stored = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    view: Any = file.get_slice(key)
+                    stored[key] = (path, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: damaged or truncated: {error}") from error
+    return stored
+
+
+def _load_converted(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, shape in shapes.items():
+        if name not in parameters:
+            raise LocalizationError(f"{folder} has no parameter {name!r}")
+        if tuple(parameters[name].shape) != shape:
+            raise LocalizationError(
+                f"{name!r} has shape {tuple(parameters[name].shape)} in {folder}, not {shape}"
+            )
+        if parameters[name].dtype not in _FLOATS.values():
+            raise LocalizationError(
+                f"{folder}: {name!r} is stored as {parameters[name].dtype}, not as floats"
+            )
+    return {name: parameters[name] for name in shapes}

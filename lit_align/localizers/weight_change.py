@@ -1,0 +1,122 @@
+"""Scores from training: how far each parameter moved (ALLO, arXiv 2406.12606, importance).
+
+The paper divides |θ′ − θ| by the learning rate, which changes no ranking and is left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_align.errors import LocalizationError
+from lit_align.localizers.lazy import LazyScores
+from lit_align.localizers.stored import StoredParameters, parameter_shapes
+from lit_align.masks import ParameterMask, named_shapes, select
+
+Trained = nn.Module | Mapping[str, Tensor] | str | Path
+MAX_TIES = 0.05
+
+
+def weight_change_scores(base_dir: str | Path, trained: Trained) -> LazyScores:
+    """|θ′ − θ| in fp32, θ read from the base's safetensors tensor by tensor at every read.
+
+    Args:
+        base_dir: Hugging Face folder of the base model θ, in any float precision; sharded or not.
+            Where its keys are not the model's parameter names it is loaded through transformers
+            (see `StoredParameters`).
+        trained: θ′: the trained model, a mapping name -> parameter, or a second folder.
+
+    Raises:
+        LocalizationError: θ′ is not fp32, or the two have different parameters; names which.
+        ModelError: a folder cannot be read.
+    """
+    shapes, dtypes, read = _trained(trained)
+    for name, dtype in dtypes.items():
+        if dtype != torch.float32:
+            raise LocalizationError(
+                f"weight change needs fp32 masters: {name!r} is {dtype}, which drops most updates "
+                "of usual size; train with precision 32-true or bf16-mixed"
+            )
+    base = StoredParameters(base_dir, shapes)
+
+    def compute(name: str) -> Tensor:
+        return base.read(name).sub_(read(name).cpu()).abs_()
+
+    return LazyScores(shapes, compute)
+
+
+def select_by_weight_change(
+    base_dir: str | Path, trained: Trained, ratio: float, **select_arguments: Any
+) -> ParameterMask:
+    """The entries that training moved most: `weight_change_scores`, `select`, `check_cut`.
+
+    Args:
+        base_dir: folder of the base model θ.
+        trained: θ′: the trained model, a mapping name -> parameter, or a second folder.
+        ratio: share of the units to select.
+        **select_arguments: of `select`: scope, granularity, base_fingerprint, ...
+
+    Raises:
+        LocalizationError: as `weight_change_scores`; or fewer units changed than asked for.
+        ModelError: a folder cannot be read.
+    """
+    scores = weight_change_scores(base_dir, trained)
+    mask = select(scores, ratio, **({"method": "weight_change"} | select_arguments))
+    check_cut(mask, lambda: _precision(trained))
+    return mask
+
+
+def check_cut(mask: ParameterMask, precision: Callable[[], str]) -> None:
+    """Check that the scores of a mask tell its entries apart; warns above 5 % of ties.
+
+    Args:
+        mask: as `select` returns it.
+        precision: names the precision of what was scored; called where there is something to say.
+
+    Raises:
+        LocalizationError: the threshold is zero, so that unscored entries were selected.
+    """
+    extra = mask.metadata.extra
+    where = f" in {extra['threshold_parameter']!r}" if "threshold_parameter" in extra else ""
+    if extra["threshold"] == 0:
+        raise LocalizationError(
+            f"less than the asked {mask.metadata.ratio:.2%} of the {mask.metadata.granularity}s "
+            f"have a {mask.metadata.method} above zero{where}: the rest would be chosen blindly. "
+            f"Precision: {precision()}"
+        )
+    if extra["ties_at_threshold"] > MAX_TIES:
+        warnings.warn(
+            f"{extra['ties_at_threshold']:.1%} of the selected {mask.metadata.granularity}s tie at "
+            f"the threshold {extra['threshold']:.3g}; the first ones were taken. "
+            f"Precision: {precision()}",
+            stacklevel=3,
+        )
+
+
+def _trained(
+    trained: Trained,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], Callable[[str], Tensor]]:
+    """Shapes and dtypes of θ′, and how to read one of its tensors."""
+    if isinstance(trained, str | Path):
+        shapes = parameter_shapes(trained)
+        stored = StoredParameters(trained, shapes)
+        return shapes, stored.dtypes, stored.read
+    if isinstance(trained, nn.Module):
+        trained = dict(trained.named_parameters())
+    parameters = {name: parameter.detach() for name, parameter in trained.items()}
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    return named_shapes(parameters), dtypes, parameters.__getitem__
+
+
+def _precision(trained: Trained) -> str:
+    """The precision that the values of θ′ really have, whatever tensors hold them."""
+    _, dtypes, read = _trained(trained)
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(read(name), read(name).to(dtype).float()) for name in dtypes):
+            return f"torch.float32 tensors whose values all fit {dtype}; was it trained in that?"
+    return "torch.float32"
