@@ -1,0 +1,77 @@
+# make demo                     the whole ALLO pipeline on the embedded model; prints a table
+# make test                     installs what is missing and runs the test suite
+# make lint types imports       what .ci/run checks besides
+# make demo TORCH_INDEX=URL     torch from another index of wheels, for example
+#                               https://download.pytorch.org/whl/cpu (make clean to change it later)
+# make PYTHON=python3.12 ...    another interpreter: 3.11 to 3.13
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+VIEW := build/checks
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: help venv install install-dev demo test test-long lint types imports view clean
+
+help:
+	@sed -n '/^# make/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))
+
+venv: $(BIN)/python
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed
+	$(BIN)/lit-align allo --config configs/demo.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find notebooks -name '*.ipynb' -exec $(BIN)/nbstripout --verify {} +
+
+types: $(VENV)/.installed-dev view
+	MYPYPATH=$(VIEW) $(BIN)/mypy
+
+imports: $(VENV)/.installed-dev view
+	PYTHONPATH=$(VIEW) $(BIN)/lint-imports
+
+# kernels/ has no __init__.py (see pyproject.toml), and neither mypy nor import-linter finds a
+# package that is called otherwise than its folder: show them one made of links.
+view:
+	rm -rf $(VIEW)
+	mkdir -p $(VIEW)/lit_align_kernels
+	touch $(VIEW)/lit_align_kernels/__init__.py
+	ln -s $(CURDIR)/kernels/* $(VIEW)/lit_align_kernels/
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lit-align needs Python 3.11 or later; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# With TORCH_INDEX torch itself comes from there alone, and what it depends on from either index.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+ifneq ($(strip $(TORCH_INDEX)),)
+	$(PIP) install --no-deps --index-url "$(TORCH_INDEX)" --constraint constraints.txt torch
+endif
+	touch $@
+
+INSTALL = $(PIP) install --constraint constraints.txt $(if $(strip $(TORCH_INDEX)),--extra-index-url "$(TORCH_INDEX)") --editable
+
+$(VENV)/.installed: $(REQUIREMENTS) $(VENV)/.torch
+	$(INSTALL) ".[report]"
+	touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) $(VENV)/.torch
+	$(INSTALL) ".[dev]"
+	touch $@ $(VENV)/.installed
