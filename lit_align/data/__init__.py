@@ -1,7 +1,7 @@
 """Rows → tokens → batches."""
 
+from lit_align.batch import CHOSEN, IGNORE_INDEX, REJECTED, PackedBatch
 from lit_align.data.bad_rows import BadRowError, BadRows
-from lit_align.data.batch import CHOSEN, IGNORE_INDEX, REJECTED, PackedBatch
 from lit_align.data.datamodules import PreferenceDataModule, SFTDataModule, UnlearningDataModule
 from lit_align.data.packing import collate
 from lit_align.data.sampler import BatchSampler

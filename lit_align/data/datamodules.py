@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import lightning
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.batch import PackedBatch
 from lit_align.data.bad_rows import BadRows
-from lit_align.data.batch import PackedBatch
-from lit_align.data.loading import RowLoader, describe, fingerprint, split_off
-from lit_align.data.packing import FILLER_ROW_ID, collate
+from lit_align.data.dataloader import make_dataloader
+from lit_align.data.loading import RowLoader, describe, fingerprint, split_off, with_reference_logps
 from lit_align.data.sampler import BatchSampler
 from lit_align.data.schema import PreferenceRow, Row, SFTRow, TokenizedRow, UnlearningRow
 from lit_align.data.templates import chat_template_text
@@ -37,22 +37,6 @@ STAGE_SPLITS: dict[str | None, tuple[Split, ...]] = {
     None: SPLITS,
 }
 Files: TypeAlias = str | list[str] | None
-
-
-class TokenizedRows(Dataset[list[TokenizedRow]]):
-    """Rows looked up a batch at a time; a negative index `~i` is a filler copy of row i."""
-
-    def __init__(self, rows: Sequence[TokenizedRow]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: list[int]) -> list[TokenizedRow]:
-        return [
-            self.rows[i] if i >= 0 else dataclasses.replace(self.rows[~i], row_id=FILLER_ROW_ID)
-            for i in indices
-        ]
 
 
 class TextDataModule(lightning.LightningDataModule):
@@ -126,7 +110,6 @@ class TextDataModule(lightning.LightningDataModule):
         self.format = format
         self.max_length = max_length
         self.truncation: Truncation = truncation
-        self.train_on: TrainOn = "last"
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_rows = max_rows
@@ -169,8 +152,7 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             DataError: bad rows (all of the stage's together), or a split without a usable row.
         """
-        tokenize = RowTokenizer(self.tokenizer, self.max_length, self.truncation, self.train_on)
-        loader = RowLoader(self.row_type, tokenize, self.format, self.max_rows)
+        loader = RowLoader(self.row_type, self.row_tokenizer(), self.format, self.max_rows)
         known_bad = len(self.bad_rows)
         loaded = {}
         for split in self._missing_splits(stage):
@@ -191,6 +173,10 @@ class TextDataModule(lightning.LightningDataModule):
             rank_zero_info(f"{split}: {describe(rows)}")
         self._rows.update(loaded)
 
+    def row_tokenizer(self) -> RowTokenizer:
+        """How this module turns a typed row into tokens."""
+        return RowTokenizer(self.tokenizer, self.max_length, self.truncation)
+
     @property
     def train_rows(self) -> list[TokenizedRow]:
         """Rows of the train split, after `setup`."""
@@ -210,6 +196,21 @@ class TextDataModule(lightning.LightningDataModule):
         """SHA-256 over the token ids of a split, for the cache of reference log-probs."""
         return fingerprint(self.rows(split))
 
+    def reference_key(self, split: Split) -> dict[str, str]:
+        """All that reference log-probs of a split depend on, the model aside.
+
+        By name, so that a cache that does not fit can say what differs.
+        """
+        tokenizer = self.tokenizer
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+        template = json.dumps(tokenizer.chat_template)
+        return {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+            "truncation": f"{self.truncation} {self.max_length}",
+            "rows": self.fingerprint(split),
+        }
+
     def attach_reference_logps(self, split: Split, logps: Sequence[Sequence[np.ndarray]]) -> None:
         """Let a split's batches carry `ref_per_token_logps`.
 
@@ -220,20 +221,10 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             DataError: other numbers of rows, sequences or tokens than the split has.
         """
-        rows = self.rows(split)
-        shapes = [[len(s.response_ids) for s in row.sequences] for row in rows]
-        if shapes != [[len(values) for values in row] for row in logps]:
-            raise DataError(f"reference log-probs do not fit the {split} rows")
-        self._rows[split] = [
-            dataclasses.replace(
-                row,
-                sequences=tuple(
-                    dataclasses.replace(sequence, ref_per_token_logps=values)
-                    for sequence, values in zip(row.sequences, row_logps, strict=True)
-                ),
-            )
-            for row, row_logps in zip(rows, logps, strict=True)
-        ]
+        try:
+            self._rows[split] = with_reference_logps(self.rows(split), logps)
+        except ValueError as error:
+            raise DataError(f"reference log-probs do not fit the {split} rows") from error
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
         """Shuffled anew each epoch."""
@@ -276,15 +267,7 @@ class TextDataModule(lightning.LightningDataModule):
         pad_id = (
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
-        return DataLoader(
-            TokenizedRows(rows),  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=functools.partial(collate, pad_id=pad_id),  # type: ignore[arg-type]
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return make_dataloader(rows, sampler, pad_id, self.num_workers)
 
     def _missing_splits(self, stage: str | None) -> list[Split]:
         """The splits to load; validation rows may have to be split off the train rows."""
@@ -327,7 +310,11 @@ class SFTDataModule(TextDataModule):
         super().__init__(*args, **kwargs)
         if train_on not in ("last", "all_assistant"):
             raise DataError(f"train_on is {train_on!r}: last | all_assistant")
-        self.train_on = train_on
+        self.train_on: TrainOn = train_on
+
+    def row_tokenizer(self) -> RowTokenizer:
+        """How this module turns a typed row into tokens."""
+        return RowTokenizer(self.tokenizer, self.max_length, self.truncation, self.train_on)
 
 
 class UnlearningDataModule(TextDataModule):

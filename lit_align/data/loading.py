@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
 from lit_align.data.bad_rows import BadRowError, BadRows
@@ -57,7 +58,8 @@ class RowLoader:
 
     def _load(self, rows: Iterable[tuple[str, int, Any]], bad_rows: BadRows) -> list[TokenizedRow]:
         tokenized: list[TokenizedRow] = []
-        for name, number, value in tqdm(rows, "tokenising", unit=" rows", delay=2, leave=False):
+        quiet = rank_zero_only.rank != 0  # type: ignore[attr-defined]
+        for name, number, value in tqdm(rows, "tokenising", disable=quiet, delay=2, leave=False):
             try:
                 tokenized.append(self._tokenized(value, len(tokenized)))
             except BadRowError as error:
@@ -127,6 +129,27 @@ def fingerprint(rows: Sequence[TokenizedRow]) -> str:
             digest.update(sequence.response_ids.astype("<i4").tobytes())
         digest.update(b"row")
     return digest.hexdigest()
+
+
+def with_reference_logps(
+    rows: Sequence[TokenizedRow], logps: Sequence[Sequence[np.ndarray]]
+) -> list[TokenizedRow]:
+    """Rows whose sequences carry reference log-probs: one (N,) array a sequence.
+
+    Raises:
+        ValueError: other numbers of rows, sequences or tokens.
+    """
+    shapes = [[len(sequence.response_ids) for sequence in row.sequences] for row in rows]
+    if shapes != [[len(values) for values in row] for row in logps]:
+        raise ValueError("reference log-probs of another shape")
+    replaced = []
+    for row, values in zip(rows, logps, strict=True):
+        sequences = (
+            dataclasses.replace(sequence, ref_per_token_logps=per_token)
+            for sequence, per_token in zip(row.sequences, values, strict=True)
+        )
+        replaced.append(dataclasses.replace(row, sequences=tuple(sequences)))
+    return replaced
 
 
 def _renumbered(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:

@@ -1,14 +1,17 @@
-"""Tokenised rows → one `PackedBatch`."""
+"""Tokenised rows → one `PackedBatch`.
+
+In numpy until the end: torch would start its threads for each of these few small operations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lit_align.data.batch import PackedBatch
+from lit_align.batch import PackedBatch
 from lit_align.data.schema import TokenizedRow, TokenizedSequence
 
 FILLER_ROW_ID = -1
@@ -26,19 +29,17 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PackedBatch:
     """
     sequences = [sequence for row in rows for sequence in row.sequences]
     row_ids = [row.row_id for row in rows for _ in row.sequences]
-    lengths = torch.tensor([sequence.num_tokens for sequence in sequences])
-    num_targets = torch.tensor([len(sequence.response_ids) for sequence in sequences])
-    longest = int(lengths.max())
-    positions = torch.arange(longest).expand(len(sequences), -1)
-    target_ids = np.concatenate([sequence.response_ids for sequence in sequences])
+    lengths = np.array([sequence.num_tokens for sequence in sequences])
+    num_targets = np.array([len(sequence.response_ids) for sequence in sequences])
+    positions = np.tile(np.arange(lengths.max()), (len(sequences), 1))
     return PackedBatch(
-        input_ids=_padded_ids(sequences, longest, pad_id),
-        position_ids=positions.contiguous(),
-        attention_mask=(positions < lengths[:, None]).long(),
-        hidden_index=_hidden_index(lengths, num_targets, longest),
-        target_ids=torch.from_numpy(target_ids.astype(np.int64)),
-        sequence_index=torch.repeat_interleave(torch.arange(len(sequences)), num_targets),
-        token_weights=_token_weights(sequences, row_ids),
+        input_ids=_padded_ids(sequences, lengths.max(), pad_id),
+        position_ids=torch.from_numpy(positions),
+        attention_mask=torch.from_numpy((positions < lengths[:, None]).astype(np.int64)),
+        hidden_index=_hidden_index(lengths, num_targets),
+        target_ids=_joined([sequence.response_ids for sequence in sequences], np.int64),
+        sequence_index=torch.from_numpy(np.repeat(np.arange(len(sequences)), num_targets)),
+        token_weights=_joined(map(_weights, sequences, row_ids), np.float32),
         sequence_roles=torch.tensor([sequence.role for sequence in sequences]),
         row_ids=torch.tensor(row_ids),
         ref_per_token_logps=_reference_logps(sequences),
@@ -55,29 +56,24 @@ def _padded_ids(sequences: Sequence[TokenizedSequence], longest: int, pad_id: in
     return torch.from_numpy(input_ids)
 
 
-def _hidden_index(lengths: Tensor, num_targets: Tensor, longest: int) -> Tensor:
+def _hidden_index(lengths: np.ndarray, num_targets: np.ndarray) -> Tensor:
     """(N,) flat positions of the hidden states before each target.
 
     The n targets of sequence s end its `length` tokens, so their predictors are positions
     length - n - 1 ... length - 2 of row s.
     """
-    first = torch.arange(len(lengths)) * longest + lengths - num_targets - 1
-    before = torch.cumsum(num_targets, 0) - num_targets
-    total = int(num_targets.sum())
-    return torch.repeat_interleave(first - before, num_targets) + torch.arange(total)
+    first = np.arange(len(lengths)) * lengths.max() + lengths - num_targets - 1
+    before = np.cumsum(num_targets) - num_targets
+    return torch.from_numpy(np.repeat(first - before, num_targets) + np.arange(num_targets.sum()))
 
 
-def _token_weights(sequences: Sequence[TokenizedSequence], row_ids: Sequence[int]) -> Tensor:
-    """(N,) fp32."""
-    parts = []
-    for sequence, row_id in zip(sequences, row_ids, strict=True):
-        if row_id == FILLER_ROW_ID:
-            parts.append(np.zeros(len(sequence.response_ids), np.float32))
-        elif sequence.token_weights is None:
-            parts.append(np.ones(len(sequence.response_ids), np.float32))
-        else:
-            parts.append(sequence.token_weights)
-    return torch.from_numpy(np.concatenate(parts))
+def _weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
+    """(N,) weights of one sequence."""
+    if row_id == FILLER_ROW_ID:
+        return np.zeros(len(sequence.response_ids))
+    if sequence.token_weights is None:
+        return np.ones(len(sequence.response_ids))
+    return sequence.token_weights
 
 
 def _reference_logps(sequences: Sequence[TokenizedSequence]) -> Tensor | None:
@@ -87,4 +83,8 @@ def _reference_logps(sequences: Sequence[TokenizedSequence]) -> Tensor | None:
         return None
     if len(known) != len(sequences):
         raise ValueError("reference log-probs are known for some sequences of the batch only")
-    return torch.from_numpy(np.concatenate(known))
+    return _joined(known, np.float32)
+
+
+def _joined(parts: Iterable[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(parts)).astype(dtype))

@@ -17,8 +17,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.batch import CHOSEN, REJECTED
 from lit_align.data.bad_rows import BadRowError
-from lit_align.data.batch import CHOSEN, REJECTED
 from lit_align.data.encoding import Segments, TextEncoder
 from lit_align.data.schema import (
     Content,

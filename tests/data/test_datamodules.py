@@ -193,6 +193,22 @@ def test_reference_log_probs_ride_along():
         dm.attach_reference_logps("train", [(np.array([-1.0]), np.array([-3.0]))])
 
 
+def test_the_reference_key_says_what_differs():
+    def key(rows=(5, 6, 7), **settings):
+        pair = PreferenceRow(*([i] for i in rows))
+        dm = PreferenceDataModule.from_rows(TOKENIZER, {"train": [pair]}, **settings)
+        dm.setup("fit")
+        return dm.reference_key("train")
+
+    def differing(other):
+        return [name for name, value in key().items() if other[name] != value]
+
+    assert differing(key()) == []
+    assert differing(key(rows=(5, 6, 8))) == ["rows"]
+    assert differing(key(max_length=9)) == ["truncation"]
+    assert differing(key(chat_template="transcript")) == ["chat_template"]
+
+
 def test_a_tokenizer_by_name_and_its_template(tiny_llama_dir):
     dm = PreferenceDataModule(str(tiny_llama_dir), chat_template="transcript")
     assert "Human" in dm.tokenizer.chat_template

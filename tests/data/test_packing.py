@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_align.data.batch import CHOSEN, REJECTED
+from lit_align.batch import CHOSEN, REJECTED
 from lit_align.data.packing import collate
 from lit_align.data.schema import TokenizedRow, TokenizedSequence
 from tests.tiny_models import tiny_model

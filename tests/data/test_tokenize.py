@@ -3,8 +3,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lit_align.batch import CHOSEN, REJECTED
 from lit_align.data.bad_rows import BadRowError
-from lit_align.data.batch import CHOSEN, REJECTED
 from lit_align.data.schema import PreferenceRow, SFTRow, UnlearningRow
 from lit_align.data.tokenize import tokenize_row
 from lit_align.errors import DataError
