@@ -5,11 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lit_align.errors import DataError
+from lit_align.files import write_atomically
 
 SHOWN_ROWS = 10
 REJECTED_FILE = "rejected_rows.jsonl"
@@ -78,8 +78,6 @@ class BadRows:
         """
         path = Path(folder) / REJECTED_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         lines = [json.dumps(dataclasses.asdict(bad)) + "\n" for bad in self.rows]
-        temporary.write_text("".join(lines), "ascii")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(lines).encode("ascii"))
         return path
