@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
+ABSENT = "–"
 MAX_TEXT_WIDTH = 48
 
 
@@ -56,7 +56,7 @@ def format_cell(cell: object) -> str:
     ('134,515,008', '0.1235', '–', 'yes')
     >>> format_cell(3.2e-07), format_cell(1234.56), format_cell((3, 4))
     ('3.2e-07', '1,234.6', '3 x 4')
-    """  # noqa: RUF002
+    """
     if cell is None:
         return ABSENT
     if isinstance(cell, bool):

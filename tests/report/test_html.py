@@ -70,7 +70,7 @@ def test_holds_everything_it_was_given(tmp_path):
     )
     for text in ["ALLO on tiny", "Eight in a hundred.", '"lr": 1e-06', "2.13.0", "ab" * 32]:
         assert text in said
-    for text in ["Accuracy", "base", "1,000", "–", "Wide intervals."]:  # noqa: RUF001
+    for text in ["Accuracy", "base", "1,000", "–", "Wide intervals."]:
         assert text in said
 
 
