@@ -1,4 +1,4 @@
-"""Scores that are computed when they are read, so that never more than one tensor of them exists."""
+"""Scores that are computed when they are read: only one tensor of them exists at a time."""
 
 from __future__ import annotations
 

@@ -81,18 +81,18 @@ def check_cut(mask: ParameterMask, precision: Callable[[], str]) -> None:
     Raises:
         LocalizationError: the threshold is zero, so that unscored entries were selected.
     """
-    extra = mask.metadata.extra
-    where = f" in {extra['threshold_parameter']!r}" if "threshold_parameter" in extra else ""
+    extra, units = mask.metadata.extra, f"{mask.metadata.granularity}s"
     if extra["threshold"] == 0:
+        where = f" in {extra['threshold_parameter']!r}" if "threshold_parameter" in extra else ""
         raise LocalizationError(
-            f"less than the asked {mask.metadata.ratio:.2%} of the {mask.metadata.granularity}s "
-            f"have a {mask.metadata.method} above zero{where}: the rest would be chosen blindly. "
+            f"less than the asked {mask.metadata.ratio:.2%} of the {units} have a "
+            f"{mask.metadata.method} above zero{where}: the rest would be chosen blindly. "
             f"Precision: {precision()}"
         )
     if extra["ties_at_threshold"] > MAX_TIES:
         warnings.warn(
-            f"{extra['ties_at_threshold']:.1%} of the selected {mask.metadata.granularity}s tie at "
-            f"the threshold {extra['threshold']:.3g}; the first ones were taken. "
+            f"{extra['ties_at_threshold']:.1%} as many {units} as are selected tie at the "
+            f"threshold {extra['threshold']:.3g}; the first of them were taken. "
             f"Precision: {precision()}",
             stacklevel=3,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,14 +52,14 @@ class HeadLayout:
         Raises:
             MaskError: no such attention, or its shapes are not what the config says.
         """
-        config = model.config
+        config: Any = model.config
         num_heads: int = config.num_attention_heads
         num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
         head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         q_rows, kv_rows = num_heads * head_dim, num_kv_heads * head_dim
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         blocks = []
-        for path, module in model.named_modules():
+        for path, _ in model.named_modules():
             names = [f"{path}.{letter}_proj.weight" for letter in "qkv"]
             fused = f"{path}.c_attn.weight"
             if all(name in shapes for name in names):
@@ -66,7 +67,7 @@ class HeadLayout:
                 _check_rows(path, found, [q_rows, kv_rows, kv_rows])
                 q, k, v = (Projection(name) for name in names)
                 blocks.append((q, k, v))
-            elif fused in shapes and hasattr(module, "c_attn"):
+            elif fused in shapes:
                 _check_rows(path, [shapes[fused][1]], [q_rows + 2 * kv_rows])
                 starts = (0, q_rows, q_rows + kv_rows)
                 q, k, v = (Projection(fused, 1, start) for start in starts)

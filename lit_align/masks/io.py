@@ -31,9 +31,16 @@ _PARAMETER_KEYS = {"name", "kind", "shape", "axis"}
 
 
 def write(
-    path: Path, selections: Mapping[str, Selection], metadata: MaskMetadata, digest: str
+    path: Path,
+    selections: Mapping[str, Selection],
+    metadata: MaskMetadata,
+    digest: str,
+    extra_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a mask to `path`, whole or not at all; its folder is made where it is missing."""
+    """Write a mask to `path`, whole or not at all; its folder is made where it is missing.
+
+    `extra_tensors` go into the same file; whoever writes them reads them with `read_extra`.
+    """
     document: dict[str, Any] = {
         "metadata": dataclasses.asdict(metadata),
         "parameters": [
@@ -48,17 +55,23 @@ def write(
     except (TypeError, ValueError) as error:
         raise MaskError(f"{path}: the mask's metadata does not fit JSON: {error}") from error
     tensors = {name: t for name, s in selections.items() if (t := _tensor(s)) is not None}
+    tensors |= extra_tensors or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, {_KEY: text}))
 
 
-def read(path: Path) -> tuple[dict[str, Selection], MaskMetadata, str]:
-    """The selections, the metadata and the digest of a file; the caller compares the digest."""
+def read(
+    path: Path, extra_prefix: str | None = None
+) -> tuple[dict[str, Selection], MaskMetadata, str]:
+    """The selections, the metadata and the digest of a file; the caller compares the digest.
+
+    Tensors whose names begin with `extra_prefix` are left to `read_extra`.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             document = _document(path, (file.metadata() or {}).get(_KEY))
             expected = [p["name"] for p in document["parameters"] if _has_tensor(p)]
-            _check_tensor_names(path, set(expected), set(file.keys()))
+            _check_tensor_names(path, set(expected), _own_names(file, extra_prefix))
             selections = {p["name"]: _read_selection(path, p, file) for p in document["parameters"]}
     except (SafetensorError, OSError) as error:
         raise MaskError(f"{path}: cannot be read as a mask: {error}") from error
@@ -69,6 +82,25 @@ def read(path: Path) -> tuple[dict[str, Selection], MaskMetadata, str]:
     except (TypeError, MaskError) as error:
         raise MaskError(f"{path}: {error}") from error
     return selections, metadata, document["digest"]
+
+
+def read_extra(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, by the rest of their names.
+
+    Raises:
+        MaskError: the file is missing, damaged or truncated.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: file.get_tensor(name).clone() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise MaskError(f"{path}: cannot be read: {error}") from error
+
+
+def _own_names(file: Any, extra_prefix: str | None) -> set[str]:
+    names = set(file.keys())
+    return {n for n in names if extra_prefix is None or not n.startswith(extra_prefix)}
 
 
 def _tensor(selection: Selection) -> Tensor | None:

@@ -57,14 +57,18 @@ class ParameterMask:
         return cls({name: Selection.of_dense(flags) for name, flags in dense.items()}, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> ParameterMask:
+    def load(cls, path: str | Path, *, extra_prefix: str | None = None) -> ParameterMask:
         """Read a mask that `save` wrote, trusting nothing in the file.
+
+        Args:
+            path: the file.
+            extra_prefix: tensors of such names are somebody else's (a delta's values).
 
         Raises:
             MaskError: the file is missing, damaged, truncated or contradicts itself; the message
                 names the file and, where one is at fault, the parameter.
         """
-        selections, metadata, digest = io.read(Path(path))
+        selections, metadata, digest = io.read(Path(path), extra_prefix)
         mask = cls(selections, metadata)
         if mask.digest != digest:
             raise MaskError(f"{path}: damaged: the selection is not the one that was saved")
