@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class DecodingState:
 
     def repeat(self, rows: Tensor) -> None:
         """Rows `rows` (int64, repeats allowed) become the rows."""
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
         self._follow(rows)
 
     def drop(self, finished: Tensor) -> Tensor:
@@ -96,7 +96,8 @@ class PromptReader:
         model, shared = self.model, len(self.prefix)
         cache = copy.deepcopy(self.prefix_cache)
         if shared:
-            cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.int64, device=model.device))
+            rows = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+            cache.reorder_cache(cast(torch.LongTensor, rows))
         input_ids, attention_mask = left_padded([p[shared:] for p in prompts], self.pad_id)
         input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0) + shared

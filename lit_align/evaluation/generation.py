@@ -52,9 +52,7 @@ def generate(
         DataError: A prompt that cannot be encoded.
     """
     if max_new_tokens < 1 or num_samples < 1 or batch_size < 1 or temperature < 0:
-        raise ModelError(
-            "max_new_tokens, num_samples, batch_size >= 1 and temperature >= 0, please"
-        )
+        raise ModelError("max_new_tokens, num_samples, batch_size must be >= 1, temperature >= 0")
     if not 0 < top_p <= 1:
         raise ModelError(f"top_p is {top_p}, not in (0, 1]")
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -71,7 +69,7 @@ def generate(
             uniform = torch.stack([uniform_numbers(seed, *x, max_new_tokens) for x in items])
             batch = _Batch(reader, encoded, items, stop_ids)
             for row, ids in batch.run(uniform, temperature, top_p):
-                responses[items[row]] = tokenizer.decode(ids, skip_special_tokens=True)
+                responses[items[row]] = str(tokenizer.decode(ids, skip_special_tokens=True))
                 bar.update()
     return [
         [responses[prompt, sample % draws] for sample in range(num_samples)]

@@ -6,6 +6,8 @@ a step at a batch of 96 (SmolLM2-135M, 100 tokens a row).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -15,8 +17,10 @@ ROOM = 64  # columns added at once
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, views into buffers of (rows, heads, columns + room, head_dim)."""
+    """Keys and values of one layer: views into buffers (rows, heads, columns + room, head_dim)."""
 
+    keys: Tensor
+    values: Tensor
     key_buffer: Tensor
     value_buffer: Tensor
 
@@ -92,7 +96,7 @@ def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
         if isinstance(layer, RoomyLayer):
             layer.drop_rows(order)
         else:
-            layer.reorder_cache(order)
+            layer.reorder_cache(cast(torch.LongTensor, order))
     return order
 
 

@@ -72,11 +72,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         # Some tokenizers end every text with EOS; a prompt must not end there.
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
     elif prompt and isinstance(prompt[0], Mapping):
-        for message in prompt:
+        messages: Any = list(prompt)
+        for message in messages:
             _refuse_special_tokens(tokenizer, message["content"])
         if tokenizer.chat_template is None:
             raise DataError("a prompt of chat messages needs a tokenizer with a chat template")
-        messages: Any = list(prompt)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:

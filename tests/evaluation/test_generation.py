@@ -1,3 +1,5 @@
+from functools import lru_cache
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -46,20 +48,22 @@ def greedy_by_hand(model, ids, max_new_tokens, stop_id=2):
     return new
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_greedy_equals_one_prompt_at_a_time_without_cache(kind, batch_size):
+@lru_cache
+def model_and_greedy(kind, max_new_tokens=70):
+    """A model whose logits are far apart (a random model's are not), and its responses by hand."""
     model, tokenizer = MODELS[kind](), tiny_tokenizer()
-    # Logits that are far apart (a random model's are not) and a likely stop token.
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
-    expected = []
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            ids = greedy_by_hand(model, encode_prompt(tokenizer, prompt), 70)
-            expected.append([tokenizer.decode(ids, skip_special_tokens=True)])
+        ids = [greedy_by_hand(model, encode_prompt(tokenizer, p), max_new_tokens) for p in PROMPTS]
+    return model, [[tokenizer.decode(row, skip_special_tokens=True)] for row in ids]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_greedy_equals_one_prompt_at_a_time_without_cache(kind, batch_size):
+    model, expected = model_and_greedy(kind)
     got = generate(
-        model, tokenizer, PROMPTS, max_new_tokens=70, batch_size=batch_size, progress=False
+        model, tiny_tokenizer(), PROMPTS, max_new_tokens=70, batch_size=batch_size, progress=False
     )
     assert got == expected
 
