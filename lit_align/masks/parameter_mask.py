@@ -37,7 +37,7 @@ class ParameterMask:
     def __init__(
         self, selections: Mapping[str, Selection], metadata: MaskMetadata | None = None
     ) -> None:
-        self.selections = MappingProxyType(dict(selections))
+        self._selections = dict(selections)
         self.metadata = dataclasses.replace(
             metadata or MaskMetadata(), realised_ratio=self.density()
         )
@@ -81,6 +81,11 @@ class ParameterMask:
             MaskError: `metadata.extra` holds something that JSON cannot.
         """
         io.write(Path(path), self.selections, self.metadata, self.digest)
+
+    @property
+    def selections(self) -> Mapping[str, Selection]:
+        """The selection of every parameter, by name; read-only."""
+        return MappingProxyType(self._selections)
 
     def dense(self, name: str) -> Tensor:
         """The selection of one parameter as a bool tensor of its shape."""

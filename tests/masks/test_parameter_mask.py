@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -107,6 +110,12 @@ def test_check_matches_names_what_differs():
     del shapes["emb"]
     with pytest.raises(MaskError, match="'emb', which the model does not have"):
         mask.check_matches(shapes)
+
+
+def test_masks_can_be_copied_and_sent_to_another_process():
+    mask = make()
+    for copied in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert copied == mask and copied.metadata == mask.metadata
 
 
 def test_selections_cannot_be_replaced():
