@@ -29,7 +29,7 @@ def sliding_model():
 
 
 MODELS = {
-    "llama": lambda: tiny_model("llama").eval(),
+    "llama": lambda: tiny_model("llama", tied=False).eval(),
     "gpt2": lambda: tiny_model("gpt2").eval(),
     "mixtral": lambda: tiny_model("mixtral").eval(),
     "sliding": sliding_model,
