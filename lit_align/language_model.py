@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,7 +36,7 @@ _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 def load_language_model(
     name_or_path: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -53,6 +53,7 @@ def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -
         touched.update(dict.fromkeys(module for module, _ in owners[id(weight)]))
     for module in touched:
         make_compact(module)
+    model.lit_align_mask = mask  # type: ignore[assignment]  # what export_delta exports
     return model
 
 

@@ -1,1 +1,8 @@
-"""Placeholder until the first module lands."""
+"""LightningModules, one an objective."""
+
+from lit_align.modules.base import LanguageModelModule
+from lit_align.modules.masked_dpo import MaskedDPO
+from lit_align.modules.sft import SupervisedFineTuning
+from lit_align.modules.token_weighted_npo import TokenWeightedNPO
+
+__all__ = ["LanguageModelModule", "MaskedDPO", "SupervisedFineTuning", "TokenWeightedNPO"]

@@ -3,8 +3,8 @@ import sys
 import numpy as np
 import pytest
 
-from lit_align.pipelines import peak_memory
-from lit_align.pipelines.peak_memory import PeakMemory
+from lit_align import peak_memory
+from lit_align.peak_memory import PeakMemory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resets Linux's high-water mark")

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 KIB_PER_MIB = 1024
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -60,3 +62,13 @@ def _process_peak_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return peak * bytes_per_unit / (KIB_PER_MIB * 1024)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory that was ever in use, MiB: the allocator's on a GPU, the process's on a CPU.
+
+    NaN where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / (KIB_PER_MIB * 1024)
+    return float("nan") if sys.platform == "win32" else _process_peak_mib()

@@ -1,0 +1,186 @@
+"""The one callback that localises key parameters, for every module."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lit_align.compact import links
+from lit_align.errors import LocalizationError
+from lit_align.localizers import (
+    check_cut,
+    gradient_scores,
+    magnitude_scores,
+    random_scores,
+    weight_change_scores,
+)
+from lit_align.masks import ParameterMask, conv1d_row_axes, select
+from lit_align.masks.select import Granularity, Scope
+
+Method = Literal["weight_change", "gradient", "random", "magnitude"]
+
+
+class KeyParameterLocalization(lightning.Callback):
+    """Bring a mask to a run, or make one from it.
+
+    - `mask`: load it; training is restricted to it.
+    - `method: gradient`: |Σ grad| of the module's loss at θ over the first batches; training is
+      restricted to the result and goes on.
+    - `method: random | magnitude`: from the weights alone, before training; likewise.
+    - `method: weight_change`: after a full fit, |θ′ − θ| gives the mask; nothing is restricted.
+
+    A computed mask is written to `output`; where that file exists already and the run resumes from
+    a checkpoint, it is loaded instead of computed again.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        ratio: float = 0.1,
+        granularity: Granularity = "element",
+        scope: Scope = "global",
+        *,
+        mask: str | None = None,
+        output: str | None = None,
+        also: dict[str, float] | None = None,
+        num_batches: int = 8,
+        seed: int = 0,
+    ) -> None:
+        """Give `mask` or `method`, not both.
+
+        Args:
+            method: how parameters are scored.
+            ratio: share of the units to select.
+            granularity: element, row or layer (head masks come from a file).
+            scope: rank all units together, or inside each parameter.
+            mask: file to load.
+            output: file for a computed mask; default `mask.safetensors` in the run's folder.
+            also: further masks from the same scores, {file: ratio}: ALLO's N1 beside its N2.
+            num_batches: for `gradient`: how many training batches a rank goes through.
+            seed: for `random`.
+
+        Raises:
+            LocalizationError: both or neither of `mask` and `method` are given.
+        """
+        if (mask is None) == (method is None):
+            raise LocalizationError("KeyParameterLocalization takes either mask or method")
+        self.method, self.mask, self.output = method, mask, output
+        self.selection: dict[str, Any] = {
+            "ratio": ratio, "granularity": granularity, "scope": scope,
+        }  # fmt: skip
+        self.also = also or {}
+        self.num_batches, self.seed = num_batches, seed
+
+    def parameter_mask(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> ParameterMask | None:
+        """The mask that this run is restricted to; the module asks while it configures its model.
+
+        Returns:
+            The mask, or None where the whole model trains (`weight_change`).
+
+        Raises:
+            MaskError: the file is damaged.
+            LocalizationError: there are no scores to select by.
+        """
+        if self.mask is not None:
+            return ParameterMask.load(self.mask)
+        if self.method == "weight_change":
+            return None
+        path = self._output(trainer)
+        if path.exists() and trainer.ckpt_path:
+            rank_zero_info(f"the run resumes: its mask is read from {path}")
+            return ParameterMask.load(path)
+        model: Any = module.language_model
+        if self.method == "gradient":
+            _accumulate_gradients(trainer, module, self.num_batches)
+        mask = self._select_and_save(self._scores(model), trainer, model)
+        model.zero_grad(set_to_none=True)
+        return mask
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Select by weight change, from fp32 masters."""
+        if self.method != "weight_change":
+            return
+        model: Any = module.language_model
+        scores = weight_change_scores(model.base_dir, fp32_parameters(model))
+        self._select_and_save(scores, trainer, model)
+
+    def _scores(self, model: nn.Module) -> Any:
+        if self.method == "gradient":
+            return gradient_scores(model)
+        if self.method == "random":
+            return random_scores(model, self.seed)
+        return magnitude_scores(model)
+
+    def _select_and_save(
+        self, scores: Any, trainer: lightning.Trainer, model: nn.Module
+    ) -> ParameterMask:
+        """The mask of the asked ratio; it and the further ones are written."""
+        settings: dict[str, Any] = self.selection | {
+            "method": self.method,
+            "row_axes": conv1d_row_axes(model),
+            "base_fingerprint": getattr(model, "base_fingerprint", None),
+        }
+        mask = self._checked(select(scores, **settings), trainer)
+        self._save(mask, self._output(trainer), trainer)
+        for path, ratio in self.also.items():
+            further = self._checked(select(scores, **settings | {"ratio": ratio}), trainer)
+            self._save(further, Path(path), trainer)
+        return mask
+
+    def _checked(self, mask: ParameterMask, trainer: lightning.Trainer) -> ParameterMask:
+        if self.method in ("weight_change", "gradient"):
+            check_cut(mask, lambda: f"trained in {trainer.precision}")
+        return mask
+
+    def _output(self, trainer: lightning.Trainer) -> Path:
+        return Path(self.output or Path(trainer.default_root_dir) / "mask.safetensors")
+
+    def _save(self, mask: ParameterMask, path: Path, trainer: lightning.Trainer) -> None:
+        if trainer.is_global_zero:
+            mask.save(path)
+        rank_zero_info(f"{mask}: {path}")
+
+
+def fp32_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The trained values of a wholly trained model in fp32, from masters where weights are 16 bit.
+
+    Raises:
+        LocalizationError: the model trained only in part, so that nothing else can have moved.
+    """
+    masters = {link.state.name: link for link in links(model)}
+    if any(link.state.entries.kind != "all" for link in masters.values()):
+        raise LocalizationError(
+            "weight_change needs a full fit, and this one was restricted to a mask"
+        )
+    if not masters:
+        return {n: p.detach() for n, p in model.named_parameters()}
+    return {n: link.selected.detach().view(link.weight.shape) for n, link in masters.items()}
+
+
+def _accumulate_gradients(trainer: Any, module: Any, num_batches: int) -> None:
+    """Σ grad of the module's loss at θ over the first training batches of all ranks."""
+    if trainer.datamodule is None:
+        raise LocalizationError("gradient localisation reads the first batches of a data module")
+    model = module.language_model
+    model.requires_grad_(True)
+    batches = list(islice(trainer.datamodule.train_dataloader(), num_batches))
+    if not batches:
+        raise LocalizationError("there is no training batch to localise with")
+    for batch in tqdm(batches, desc="gradient scores", leave=False):
+        with trainer.precision_plugin.forward_context():
+            loss = module.localization_loss(batch.to(trainer.strategy.root_device))
+        loss.backward()
+    if torch.distributed.is_initialized():
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)

@@ -1,0 +1,201 @@
+"""Deltas: the FINAL values of the selected entries, so that apply and merge are bitwise.
+
+On disk a delta is a mask file (see `lit_align.masks`) with a tensor of values beside each
+selection, and a checksum of them in the metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import gather_entries, scatter_entries_
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_align.compact.state import links
+from lit_align.errors import DeltaError, MaskError
+from lit_align.language_model import load_language_model, save_language_model
+from lit_align.localizers.stored import StoredParameters
+from lit_align.masks import ParameterMask, io, named_shapes
+
+VALUES_PREFIX = "values."
+CHECKSUM = "delta_values_sha256"
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """A delta in memory.
+
+    Attributes:
+        mask: which entries; its metadata names the base.
+        values: parameter name → (M,) values in the order of the mask's entries; names of parameters
+            with a selection alone.
+    """
+
+    mask: ParameterMask
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Read a delta, trusting nothing in the file.
+
+        Raises:
+            DeltaError: the file is missing, damaged, truncated or no delta; names the tensor.
+        """
+        path = Path(path)
+        try:
+            mask = ParameterMask.load(path, extra_prefix=VALUES_PREFIX)
+            values = io.read_extra(path, VALUES_PREFIX)
+        except MaskError as error:
+            raise DeltaError(f"not a delta: {error}") from error
+        for name in selected_names(mask):
+            count = mask.selections[name].count()
+            if name not in values or values[name].shape != (count,):
+                raise DeltaError(f"{path}: {name!r} needs {count} values")
+            if not values[name].is_floating_point():
+                raise DeltaError(f"{path}: the values of {name!r} are {values[name].dtype}")
+        if set(values) != set(selected_names(mask)):
+            raise DeltaError(f"{path}: values of parameters that its mask does not select")
+        if mask.metadata.extra.get(CHECKSUM) != _checksum(values):
+            raise DeltaError(f"{path}: damaged: its values are not those that were saved")
+        return cls(mask, values)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the values."""
+        return str(self.mask.metadata.extra[CHECKSUM])
+
+
+def selected_names(mask: ParameterMask) -> list[str]:
+    """Parameters of which the mask selects something."""
+    return [name for name, s in mask.selections.items() if s.kind != "none"]
+
+
+def _checksum(values: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(values):
+        sha.update(f"{name} {values[name].dtype} {len(values[name])}\n".encode())
+        sha.update(values[name].contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def restricted_mask(model: nn.Module) -> ParameterMask:
+    """The mask that a model was restricted to.
+
+    Raises:
+        DeltaError: the model is not restricted.
+    """
+    mask = getattr(model, "lit_align_mask", None)
+    if mask is None:
+        raise DeltaError("the model is not restricted: name the mask whose entries to export")
+    return mask
+
+
+def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None = None) -> None:
+    """Write the model's values at the mask's entries, with the base's fingerprint.
+
+    Args:
+        model: a restricted model, or any model with `mask` given.
+        path: file to write, whole or not at all.
+        mask: entries to export; default those that the model was restricted to. Entries outside it
+            must hold the base's values for `merge` to give this model (say, N1 ∪ N2 after two
+            stages).
+
+    Raises:
+        DeltaError: no mask is known.
+        MaskError: the mask belongs to another model.
+    """
+    mask = restricted_mask(model) if mask is None else mask
+    fingerprint = getattr(model, "base_fingerprint", None)
+    mask.check_matches(_weight_shapes(model), fingerprint)
+    parameters = dict(model.named_parameters())
+    values = {
+        n: gather_entries(parameters[n].detach(), _entries_on(mask, n, parameters[n])).cpu()
+        for n in selected_names(mask)
+    }
+    metadata = dataclasses.replace(
+        mask.metadata,
+        base_fingerprint=mask.metadata.base_fingerprint or fingerprint,
+        extra=mask.metadata.extra | {CHECKSUM: _checksum(values)},
+    )
+    extra = {VALUES_PREFIX + n: v for n, v in values.items()}
+    io.write(Path(path), mask.selections, metadata, mask.digest, extra)
+
+
+def _entries_on(mask: ParameterMask, name: str, like: Tensor) -> Entries:
+    return mask.entries(name).to(like.device)
+
+
+def _weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base's parameters: of a restricted model, without its trainable vectors."""
+    vectors = {id(link.selected) for link in links(model) if not link.is_whole}
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in vectors}
+
+
+def apply_delta(model: nn.Module, path: str | Path) -> nn.Module:
+    """Write a delta's values into the model, in place.
+
+    Raises:
+        DeltaError: the delta is damaged or belongs to another model.
+    """
+    delta = Delta.load(path)
+    _write(model, delta.mask, iter(delta.values.items()), path)
+    return model
+
+
+def revert_delta(
+    model: nn.Module, path: str | Path, base_dir: str | Path | None = None
+) -> nn.Module:
+    """Write the base's values back at a delta's entries, in place.
+
+    Args:
+        model: a model that the delta was applied to.
+        path: the delta.
+        base_dir: folder of the base; default the one the model was loaded from.
+
+    Raises:
+        DeltaError: the delta is damaged or belongs to another model, or the base is unknown.
+    """
+    folder = base_dir or getattr(model, "base_dir", None)
+    if folder is None:
+        raise DeltaError("revert reads the base's values: give base_dir")
+    mask = Delta.load(path).mask
+    stored = StoredParameters(folder, named_shapes(_weight_shapes(model)))
+    values = ((n, gather_entries(stored.read(n), mask.entries(n))) for n in selected_names(mask))
+    _write(model, mask, values, path)
+    return model
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module, mask: ParameterMask, values: Iterator[tuple[str, Tensor]], path: str | Path
+) -> None:
+    """Values into weights, and from there into the trainable entries of a restricted model."""
+    try:
+        mask.check_matches(_weight_shapes(model), getattr(model, "base_fingerprint", None))
+    except MaskError as error:
+        raise DeltaError(f"{path} belongs to another model: {error}") from error
+    parameters = dict(model.named_parameters())
+    for name, new in values:
+        weight = parameters[name]
+        scatter_entries_(weight.detach(), _entries_on(mask, name, weight), new.to(weight.device))
+    for link in links(model):
+        if not link.is_whole:
+            link.selected.copy_(gather_entries(link.weight, link.state.entries))
+
+
+def merge(base_dir: str | Path, delta_path: str | Path, out_dir: str | Path) -> Path:
+    """Write base + delta as an ordinary Hugging Face folder, in the base's dtype.
+
+    Raises:
+        DeltaError: the delta is damaged or belongs to another model.
+        ModelError: the base cannot be read, or the output folder holds something else.
+    """
+    model, tokenizer = load_language_model(base_dir, dtype="auto")
+    assert isinstance(model, PreTrainedModel)
+    return save_language_model(apply_delta(model, delta_path), tokenizer, out_dir)

@@ -1,0 +1,441 @@
+"""What the modules of all objectives share: load, restrict, step, log, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from lit_align.batch import PackedBatch
+from lit_align.compact import Delta, apply_delta, links, reference_policy, restrict
+from lit_align.errors import TrainingError
+from lit_align.language_model import load_language_model
+from lit_align.masks import ParameterMask, named_shapes
+from lit_align.modules import reference_logps
+from lit_align.modules.forward import per_token_logps, per_token_logps_with_statistics
+from lit_align.modules.metric_log import (
+    MetricLog,
+    Reported,
+    Throughput,
+    log_everywhere,
+    masked_mean,
+)
+from lit_align.optim import MaskedAdamW
+
+Reference = Literal["cache", "swap"]
+CHECKPOINT_KEY = "lit_align"
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+@dataclasses.dataclass
+class Objective:
+    """What a batch contributes.
+
+    Attributes:
+        loss_sum: scalar with gradient, the sum of the loss over the batch's units.
+        units: scalar, how many there are (pairs, sequences or tokens): the loss is the sum over the
+            whole accumulation window and all ranks divided by their units.
+        reported: name → (mean, weight), for the log.
+    """
+
+    loss_sum: Tensor
+    units: Tensor
+    reported: Reported
+
+
+class LanguageModelModule(lightning.LightningModule):
+    """Base of the training objectives; `objective` is all that a subclass adds.
+
+    The model is loaded in `configure_model`; a callback with `parameter_mask(trainer, module)`
+    (`KeyParameterLocalization`) may restrict training to a mask there. Checkpoints hold the
+    trainable entries alone.
+    """
+
+    reported_names: ClassVar[tuple[str, ...]] = ()
+    uses_reference: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        delta: str | None = None,
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lr_scheduler: str = "cosine",
+        warmup_ratio: float = 0.1,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+        trust_remote_code: bool = False,
+        reference: Reference = "cache",
+        reference_cache: str | None = None,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            model: local folder, hub id or alias of a causal language model.
+            delta: file of a delta to apply to it first; the reference policy includes it.
+            learning_rate: peak.
+            weight_decay: decoupled, on trained entries alone.
+            betas: of AdamW.
+            eps: of AdamW.
+            lr_scheduler: a name that `transformers.get_scheduler` knows.
+            warmup_ratio: share of all steps with linear warm-up.
+            gradient_checkpointing: trade time for activation memory.
+            attn_implementation: of transformers.
+            trust_remote_code: let the model's folder bring code of its own.
+            reference: `cache` computes the reference's log-probs of all rows once before training;
+                `swap` swaps base values in at every step (needs a mask).
+            reference_cache: folder to keep those log-probs in; None keeps them in memory.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.language_model: PreTrainedModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.mask: ParameterMask | None = None
+        self.logs = nn.ModuleDict(
+            {split: MetricLog(self.reported_names) for split in ("train", "val", "test")}
+        )
+        self._units = torch.zeros(())
+        self._throughput = Throughput()
+        self._logged_step = 0
+
+    # ---- the objective -----------------------------------------------------------------------
+
+    def objective(
+        self, batch: PackedBatch, per_token_logps: Tensor, ref_per_token_logps: Tensor | None
+    ) -> Objective:
+        """The loss of a batch from the log-probs of its targets, each (N,)."""
+        raise NotImplementedError
+
+    def localization_loss(self, batch: PackedBatch) -> Tensor:
+        """The loss at θ with the policy itself as reference: what gradient localisation follows."""
+        logps = per_token_logps(self.model, batch)
+        objective = self.objective(batch, logps, logps.detach() if self.uses_reference else None)
+        return objective.loss_sum / objective.units.clamp(min=1)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The language model, once it is loaded."""
+        if self.language_model is None:
+            raise TrainingError("the model is loaded in configure_model: call it first")
+        return self.language_model
+
+    # ---- loading and restricting -------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model, ask for a mask, restrict; compute reference log-probs on the way."""
+        if self.language_model is not None:
+            return
+        h = self.hparams
+        precision = self.trainer.precision
+        dtype = DTYPES.get(str(precision), torch.float32)
+        self.language_model, self.tokenizer = load_language_model(
+            h.model,
+            dtype=dtype,
+            attn_implementation=h.attn_implementation,
+            trust_remote_code=h.trust_remote_code,
+        )
+        if h.delta:
+            apply_delta(self.model, h.delta)
+        self.model.to(self.trainer.strategy.root_device)
+        self.mask = self._requested_mask()
+        if self.uses_reference and h.reference == "cache":
+            self._attach_reference_logps()
+        if self.mask is None and dtype != torch.float32:
+            # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.
+            self.mask = ParameterMask.full(named_shapes(self.model))
+        if self.mask is not None:
+            restrict(self.model, self.mask, keep_base=h.reference == "swap")
+        if h.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Frozen weights and buffers are equal on every rank: DDP need not send them.
+        self._ddp_params_and_buffers_to_ignore = self._untrained_names()
+
+    def _requested_mask(self) -> ParameterMask | None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "parameter_mask"):
+                mask = callback.parameter_mask(self.trainer, self)
+                if mask is not None:
+                    return mask
+        return None
+
+    def _untrained_names(self) -> list[str]:
+        frozen = [n for n, p in self.named_parameters() if not p.requires_grad]
+        return frozen + [n for n, _ in self.named_buffers()]
+
+    def _attach_reference_logps(self) -> None:
+        """Compute (or read) reference log-probs of the rows this run uses; batches carry them."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "attach_reference_logps"):
+            raise TrainingError(
+                "reference: cache needs one of lit-align's data modules; use reference: swap"
+            )
+        self.model.eval()
+        for split in ("train", "validation", "test", "predict"):
+            if data.has_rows(split):
+                data.attach_reference_logps(split, self._reference_logps_of(data, split))
+
+    def _reference_logps_of(self, data: Any, split: str) -> reference_logps.RowLogps:
+        h = self.hparams
+        key = data.reference_key(split) | {
+            "model": self.model.base_fingerprint,
+            "delta": h.delta and Delta.load(h.delta).checksum,
+            "precision": str(self.trainer.precision),
+        }
+        path = Path(h.reference_cache) / f"{split}.safetensors" if h.reference_cache else None
+        if path is not None and path.exists():
+            return reference_logps.read(path, key)
+        loader = data.dataloader(split, data.eval_batch_size)
+        plugin = self.trainer.precision_plugin
+        rows = reference_logps.compute(self.model, loader, len(data.rows(split)), plugin)
+        if path is not None and self.trainer.is_global_zero:
+            reference_logps.write(path, rows, key)
+        return rows
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def reference_per_token_logps(self, batch: PackedBatch) -> Tensor | None:
+        """(N,) log-probs of the reference, from the batch or by swapping base values in."""
+        if not self.uses_reference or batch.ref_per_token_logps is not None:
+            return batch.ref_per_token_logps
+        with reference_policy(self.model):
+            return per_token_logps(self.model, batch)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """The batch's loss, scaled so that dividing by the window's units gives the exact mean."""
+        self._throughput.start_batch()
+        reference = self.reference_per_token_logps(batch)  # before the policy's graph exists
+        if self._logs_next_step():
+            logps, reported = self._with_statistics(batch)
+        else:
+            logps, reported = per_token_logps(self.model, batch), {}
+        objective = self.objective(batch, logps, reference)
+        self._check_finite(objective.loss_sum, batch)
+        self._units = self._units.to(objective.units.device) + objective.units.detach()
+        self._log_of("train").update(objective.reported | reported)
+        self._throughput.add(batch.num_tokens)
+        mean = objective.loss_sum.detach() / objective.units.clamp(min=1)
+        self.log("loss", mean, prog_bar=True, logger=False)
+        # Lightning divides by the number of micro-batches and averages over ranks: both undone.
+        return objective.loss_sum * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide by the units of the whole window on all ranks, before gradients are clipped."""
+        units = self._units
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(units)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, units.clamp(min=1).to(grads[0].device))
+        self._units = torch.zeros_like(units)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not norm.isfinite() and not str(self.trainer.precision).startswith("16"):
+            raise TrainingError(self._describe_bad_gradient())
+        self._log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
+
+    def _describe_bad_gradient(self) -> str:
+        names = [
+            n
+            for n, p in self.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        return (
+            f"the gradient is not finite at step {self.global_step}, first in "
+            f"{names[0] if names else 'its norm'} ({len(names)} parameters); no step was taken and "
+            "the last checkpoint is as it was: lower the learning rate or look at the rows"
+        )
+
+    def _check_finite(self, loss: Tensor, batch: PackedBatch) -> None:
+        if not loss.isfinite():
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.global_step}, rows "
+                f"{sorted(set(batch.row_ids.tolist()))} of the training split; no step was taken "
+                "and the last checkpoint is as it was"
+            )
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Report the objective and its statistics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Report the objective and its statistics."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record a sequence: row id, role, tokens, log-prob, and the reference's if any."""
+        reference = self.reference_per_token_logps(batch)
+        logps = per_token_logps(self.model, batch)
+        records = []
+        for sequence, row in enumerate(batch.row_ids.tolist()):
+            at = batch.sequence_index == sequence
+            record = {
+                "row_id": row,
+                "role": ("chosen", "rejected")[int(batch.sequence_roles[sequence])],
+                "num_tokens": int(at.sum()),
+                "logp": float(logps[at].sum()),
+            }
+            if reference is not None:
+                record["ref_logp"] = float(reference[at].sum())
+            if row >= 0:
+                records.append(record)
+        return records
+
+    def _evaluate(self, batch: PackedBatch, split: str) -> None:
+        reference = self.reference_per_token_logps(batch)
+        logps, reported = self._with_statistics(batch)
+        objective = self.objective(batch, logps, reference)
+        self._log_of(split).update(objective.reported | reported)
+
+    def _with_statistics(self, batch: PackedBatch) -> tuple[Tensor, Reported]:
+        """Per-token log-probs, and entropy, accuracy and mean logits under TRL's names."""
+        logps, s = per_token_logps_with_statistics(self.model, batch)
+        valid = (batch.row_ids >= 0)[batch.sequence_index]
+        rejected = (batch.sequence_roles == 1)[batch.sequence_index]
+        reported: Reported = {
+            "entropy": masked_mean(s.entropy_nats, valid),
+            "mean_token_accuracy": masked_mean(s.is_argmax.float(), valid),
+            "logits/chosen": masked_mean(s.mean_logit, valid & ~rejected),
+            "logits/rejected": masked_mean(s.mean_logit, valid & rejected),
+        }
+        return logps, {n: v for n, v in reported.items() if n in self.reported_names}
+
+    # ---- logging -----------------------------------------------------------------------------
+
+    def _log_of(self, split: str) -> MetricLog:
+        log = self.logs[split]
+        assert isinstance(log, MetricLog)
+        return log
+
+    def _logs_next_step(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write the log where a step was taken that is due."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = self.global_step
+        if step > self._logged_step and every > 0 and step % every == 0:
+            values = self._flush()
+            self.log_dict({n: float(v) for n, v in values.items() if n != "loss"}, logger=False)
+
+    def on_train_end(self) -> None:
+        """Write what has come since the last log."""
+        if self.global_step > self._logged_step:
+            self._flush()
+
+    def _flush(self) -> dict[str, float]:
+        self._logged_step = self.global_step
+        values = self._log_of("train").compute_and_reset()
+        values |= self._throughput.compute_and_reset(self.device)
+        values["mask/density"] = self.mask.density() if self.mask is not None else 1.0
+        values["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        log_everywhere(self.loggers, values, self.global_step)
+        return values
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means under TRL's names with `eval_` in front."""
+        self._log_split("val", "eval_")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means with `test_` in front."""
+        self._log_split("test", "test_")
+
+    def _log_split(self, split: str, prefix: str) -> None:
+        values = self._log_of(split).compute_and_reset()
+        self.log_dict({prefix + n: v for n, v in values.items()}, prog_bar=False)
+
+    # ---- optimiser and checkpoint ------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """MaskedAdamW over what trains, and the schedule, by step."""
+        h = self.hparams
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = MaskedAdamW(
+            trainable,
+            lr=h.learning_rate,
+            betas=tuple(h.betas),
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_scheduler(
+            h.lr_scheduler,
+            optimizer,
+            num_warmup_steps=round(h.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield f"language_model.{name}", parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trainable entries alone; the base is named by its fingerprint."""
+        keep = kwargs.get("keep_vars", False)
+        return {n: p if keep else p.detach() for n, p in self._trained()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load trainable entries and write them into the weights.
+
+        Raises:
+            TrainingError: names or shapes are not those of what trains here.
+        """
+        trained = dict(self._trained())
+        if wrong := sorted(set(trained) ^ set(state_dict)):
+            raise TrainingError(
+                f"the checkpoint does not hold what trains here: {wrong[0]} and {len(wrong) - 1} "
+                "more stand in one of the two alone; was it written with another mask?"
+            )
+        for name, parameter in trained.items():
+            if state_dict[name].shape != parameter.shape:
+                raise TrainingError(
+                    f"{name} is {tuple(state_dict[name].shape)} in the checkpoint and "
+                    f"{tuple(parameter.shape)} here"
+                )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state_dict[name])
+        for link in links(self.model):
+            link.write_through()
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the base and the mask that the trainable entries belong to."""
+        checkpoint[CHECKPOINT_KEY] = self._identity() | {
+            "seen_tokens": self._throughput.seen_tokens
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or mask.
+
+        Raises:
+            TrainingError: names both.
+        """
+        theirs, ours = checkpoint.get(CHECKPOINT_KEY, {}), self._identity()
+        for what, value in ours.items():
+            if theirs.get(what) != value:
+                raise TrainingError(
+                    f"the checkpoint has {what} {theirs.get(what)}, this run {value}: it belongs "
+                    "to another run"
+                )
+        self._throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
+
+    def _identity(self) -> dict[str, str | None]:
+        return {
+            "base_fingerprint": getattr(self.model, "base_fingerprint", None),
+            "mask_digest": None if self.mask is None else self.mask.digest,
+        }
