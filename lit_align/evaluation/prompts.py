@@ -20,8 +20,9 @@ RATIONALE_WORDS = 40
 def question_prompt(row: Mapping[str, Any]) -> list[dict[str, str]] | Prompt:
     """The prompt of a row: its own `prompt`, or its `question` as one user message.
 
-    A question with `choices` lists them by letter. The last line names the form of the answer, so
-    that a model that was never trained on it can be scored as well.
+    A question with `choices` lists them by letter, and its last line names the form of the answer.
+    A word problem stands alone: on the default model such a line only suppresses the calculation
+    (7 of 96 problems right without it, at most 2 with it), and training teaches the form.
 
     Raises:
         DataError: The row has neither `prompt` nor `question`, or more choices than letters.
@@ -35,7 +36,7 @@ def question_prompt(row: Mapping[str, Any]) -> list[dict[str, str]] | Prompt:
         if len(choices) > len(LETTERS):
             raise DataError(f"row {row.get('id')!r} has {len(choices)} choices, at most 26")
         lines += [f"{x}. {choice}" for x, choice in zip(LETTERS, choices, strict=False)]
-    lines.append(f'End with "{ANSWER_MARK} ..."')
+        lines.append(f'End with "{ANSWER_MARK} ..."')
     return [{"role": "user", "content": "\n".join(lines)}]
 
 

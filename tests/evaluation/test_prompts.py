@@ -18,7 +18,12 @@ QA = {
 def test_choices_are_listed_by_letter():
     (message,) = question_prompt(QA)
     assert message["role"] == "user"
-    assert message["content"].splitlines()[:3] == ["Where?", "A. here", "B. there"]
+    lines = ["Where?", "A. here", "B. there", 'End with "The answer is: ..."']
+    assert message["content"].splitlines() == lines
+
+
+def test_a_word_problem_stands_alone():
+    assert question_prompt({"question": " 3 + 4? "}) == [{"role": "user", "content": "3 + 4?"}]
 
 
 def test_own_prompt_is_taken_as_it_is_and_a_row_without_either_is_an_error():
