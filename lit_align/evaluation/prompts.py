@@ -22,7 +22,7 @@ def question_prompt(row: Mapping[str, Any]) -> list[dict[str, str]] | Prompt:
 
     A question with `choices` lists them by letter, and its last line names the form of the answer.
     A word problem stands alone: on the default model such a line only suppresses the calculation
-    (7 of 96 problems right without it, at most 2 with it), and training teaches the form.
+    (last number right in 7 of 96 problems without it, in 2 with it); training teaches the form.
 
     Raises:
         DataError: The row has neither `prompt` nor `question`, or more choices than letters.
