@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lit_align_kernels.masked_adamw import AdamWEntry, masked_adamw_
 from torch import Tensor
 
 from lit_align.compact.state import Link
 from lit_align.compact.write_through import linked
+from lit_align_kernels.masked_adamw import AdamWEntry, masked_adamw_
 
 
 class MaskedAdamW(torch.optim.Optimizer):

@@ -4,6 +4,7 @@ from lit_align.compact.delta import Delta, apply_delta, export_delta, merge, rev
 from lit_align.compact.reference import reference_policy
 from lit_align.compact.restrict import head_handle, restrict
 from lit_align.compact.state import links
+from lit_align.compact.trainable import load_trainable, trainable
 from lit_align.compact.write_through import sync
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "export_delta",
     "head_handle",
     "links",
+    "load_trainable",
     "merge",
     "reference_policy",
     "restrict",
     "revert_delta",
     "sync",
+    "trainable",
 ]

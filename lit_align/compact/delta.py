@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from lit_align_kernels.entries import Entries
-from lit_align_kernels.swap_selected import gather_entries, scatter_entries_
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +20,8 @@ from lit_align.errors import DeltaError, MaskError
 from lit_align.language_model import load_language_model, save_language_model
 from lit_align.localizers.stored import StoredParameters
 from lit_align.masks import ParameterMask, io, named_shapes
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import gather_entries, scatter_entries_
 
 VALUES_PREFIX = "values."
 CHECKSUM = "delta_values_sha256"

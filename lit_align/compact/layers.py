@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lit_align_kernels.entries import Entries
-from lit_align_kernels.masked_weight_grad import masked_weight_grad
-from lit_align_kernels.swap_selected import gather_entries
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lit_align.compact import graphs
 from lit_align.compact.state import compact_state, live_modules, module_links
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.masked_weight_grad import masked_weight_grad
+from lit_align_kernels.swap_selected import gather_entries
 
 
 class _Linear(torch.autograd.Function):

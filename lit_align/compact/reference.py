@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from lit_align_kernels.swap_selected import swap_selected_
 from torch import nn
 
 from lit_align.compact import graphs
 from lit_align.compact.state import Link, links
 from lit_align.errors import TrainingError
+from lit_align_kernels.swap_selected import swap_selected_
 
 
 def _exchange(link: Link) -> None:

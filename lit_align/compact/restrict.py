@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from lit_align_kernels.entries import Entries
-from lit_align_kernels.swap_selected import gather_entries
-from lit_align_kernels.token_logprobs import WeightHandle
 from torch import nn
 
 from lit_align.compact.layers import make_compact
 from lit_align.compact.state import STATE, CompactParameter, compact_state, trainable_name
 from lit_align.errors import MaskError, ModelError
 from lit_align.masks import ParameterMask
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import gather_entries
+from lit_align_kernels.token_logprobs import WeightHandle
 
 
 def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -> nn.Module:

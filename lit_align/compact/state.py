@@ -7,9 +7,10 @@ import weakref
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
+
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import scatter_entries_
-from torch import Tensor, nn
 
 STATE = "_compact_parameters"  # attribute of a module: {parameter name: CompactParameter}
 

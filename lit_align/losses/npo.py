@@ -44,7 +44,10 @@ def token_weighted_npo_loss(
     Returns:
         Scalar; 0 where every weight is 0.
     """
-    losses = token_npo_losses(per_token_logps, ref_per_token_logps, beta)
-    # where, not a product: a padded position may hold −inf, and 0 · inf would be NaN.
-    weighted = (token_weights * losses).where(token_weights != 0, 0.0)
-    return weighted.sum() / (token_weights != 0).sum().clamp(min=1)
+    counts = token_weights != 0
+    # Left out before the loss, not after: a padded position may hold −inf, and its value and its
+    # gradient would be 0 · inf = NaN.
+    losses = token_npo_losses(
+        per_token_logps.where(counts, 0.0), ref_per_token_logps.where(counts, 0.0), beta
+    )
+    return (token_weights * losses).sum() / counts.sum().clamp(min=1)

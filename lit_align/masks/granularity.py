@@ -10,11 +10,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from lit_align_kernels.entries import Entries
 from torch import Tensor
 
 from lit_align.errors import MaskError
 from lit_align.masks import bitmap as bits
+from lit_align_kernels.entries import Entries
 
 Kind = Literal["none", "all", "rows", "elements"]
 MAX_NUMEL = 2**62  # positions and byte counts must fit int64

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lit_align_kernels.entries import Entries
 from torch import Tensor, nn
 
 from lit_align.errors import MaskError
 from lit_align.masks import io, table
 from lit_align.masks.granularity import Selection
 from lit_align.masks.metadata import MaskMetadata, combine, complement
+from lit_align_kernels.entries import Entries
 
 Shapes = nn.Module | Mapping[str, Any]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_align.batch import PackedBatch
-from lit_align.compact import Delta, apply_delta, links, reference_policy, restrict
+from lit_align.compact import (
+    Delta,
+    apply_delta,
+    load_trainable,
+    reference_policy,
+    restrict,
+    trainable,
+)
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
@@ -30,6 +37,7 @@ from lit_align.optim import MaskedAdamW
 
 Reference = Literal["cache", "swap"]
 CHECKPOINT_KEY = "lit_align"
+PREFIX = "language_model."  # of the model's parameters in a module's state
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -101,7 +109,7 @@ class LanguageModelModule(lightning.LightningModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.mask: ParameterMask | None = None
         self.logs = nn.ModuleDict(
-            {split: MetricLog(self.reported_names) for split in ("train", "val", "test")}
+            {f"{split}_log": MetricLog(self.reported_names) for split in ("train", "val", "test")}
         )
         self._units = torch.zeros(())
         self._throughput = Throughput()
@@ -156,6 +164,8 @@ class LanguageModelModule(lightning.LightningModule):
             restrict(self.model, self.mask, keep_base=h.reference == "swap")
         if h.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        _disable_dropout(self.model)
         # Frozen weights and buffers are equal on every rank: DDP need not send them.
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
 
@@ -309,7 +319,7 @@ class LanguageModelModule(lightning.LightningModule):
     # ---- logging -----------------------------------------------------------------------------
 
     def _log_of(self, split: str) -> MetricLog:
-        log = self.logs[split]
+        log = self.logs[f"{split}_log"]
         assert isinstance(log, MetricLog)
         return log
 
@@ -356,9 +366,8 @@ class LanguageModelModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """MaskedAdamW over what trains, and the schedule, by step."""
         h = self.hparams
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = MaskedAdamW(
-            trainable,
+            [p for _, p in trainable(self.model)],
             lr=h.learning_rate,
             betas=tuple(h.betas),
             eps=h.eps,
@@ -376,15 +385,9 @@ class LanguageModelModule(lightning.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                yield f"language_model.{name}", parameter
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The trainable entries alone; the base is named by its fingerprint."""
-        keep = kwargs.get("keep_vars", False)
-        return {n: p if keep else p.detach() for n, p in self._trained()}
+        return {PREFIX + name: p.detach() for name, p in trainable(self.model)}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -394,23 +397,7 @@ class LanguageModelModule(lightning.LightningModule):
         Raises:
             TrainingError: names or shapes are not those of what trains here.
         """
-        trained = dict(self._trained())
-        if wrong := sorted(set(trained) ^ set(state_dict)):
-            raise TrainingError(
-                f"the checkpoint does not hold what trains here: {wrong[0]} and {len(wrong) - 1} "
-                "more stand in one of the two alone; was it written with another mask?"
-            )
-        for name, parameter in trained.items():
-            if state_dict[name].shape != parameter.shape:
-                raise TrainingError(
-                    f"{name} is {tuple(state_dict[name].shape)} in the checkpoint and "
-                    f"{tuple(parameter.shape)} here"
-                )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(state_dict[name])
-        for link in links(self.model):
-            link.write_through()
+        load_trainable(self.model, {n.removeprefix(PREFIX): t for n, t in state_dict.items()})
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -439,3 +426,10 @@ class LanguageModelModule(lightning.LightningModule):
             "base_fingerprint": getattr(self.model, "base_fingerprint", None),
             "mask_digest": None if self.mask is None else self.mask.digest,
         }
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """A policy and its reference are compared token by token: dropout would be noise in both."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_align_kernels.token_logprobs import (
-    TokenStatistics,
-    token_logprobs,
-    token_logprobs_with_statistics,
-)
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_align.batch import PackedBatch
 from lit_align.compact import head_handle
 from lit_align.errors import ModelError
+from lit_align_kernels.token_logprobs import (
+    TokenStatistics,
+    token_logprobs,
+    token_logprobs_with_statistics,
+)
 
 
 def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import lit_align
 from lit_align.errors import PipelineError
 from lit_align.files import sha256_of_file
-from lit_align.pipelines.manifest import STAGE_NAME, Manifest, StageRecord, load_manifest
 from lit_align.peak_memory import PeakMemory
+from lit_align.pipelines.manifest import STAGE_NAME, Manifest, StageRecord, load_manifest
 from lit_align.pipelines.run_folder import folder_lock, partial_folder, publish, recover, seal
 
 

@@ -1,0 +1,104 @@
+"""The command line: Lightning's verbs, then the pipelines'."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lit_align.callbacks import LogpsWriter
+from lit_align.errors import LitAlignError
+from lit_align.modules import LanguageModelModule
+from lit_align.pipelines.allo import allo
+from lit_align.pipelines.commands import evaluate_files, export, localize
+
+TRAINER_VERBS = ("fit", "validate", "test", "predict")
+VERBS: dict[str, Callable[..., Any]] = {
+    "allo": allo,
+    "localize": localize,
+    "evaluate": evaluate_files,
+    "export": export,
+}
+USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them)
+
+  fit         train a module: --config configs/masked_dpo.yaml, or options
+  validate    its validation metrics
+  test        the same on the test split
+  predict     log-probs of every response
+  allo        the whole ALLO pipeline: sample, warm up, locate, forget, improve, evaluate, export
+  localize    a mask of key parameters, from two model folders or from data
+  evaluate    accuracy of a model on a file: multiple_choice, exact_answer or preference
+  export      a checkpoint as a sparse delta or as a Hugging Face folder
+"""
+
+
+class AlignCLI(LightningCLI):
+    """LightningCLI whose data module takes the model's tokenizer."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the tokenizer to the model."""
+        parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """A Trainer with CSV and TensorBoard loggers by default."""
+        root = self._get(self.config_init, "trainer.default_root_dir") or "runs"
+        kwargs.setdefault("default_root_dir", root)
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs.setdefault("logger", default_loggers(root))
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "predict":
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(c, LogpsWriter) for c in callbacks):
+                callbacks.append(LogpsWriter())
+        return trainer
+
+
+def default_loggers(root: str | Path) -> list[Logger]:
+    """CSV and TensorBoard, under `root`, in one version folder."""
+    csv = CSVLogger(root, name="logs")
+    return [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb; errors about the input end with their message alone and exit code 1."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if verb not in (*TRAINER_VERBS, *VERBS):
+        print(f"lit-align: unknown verb {verb!r}\n{USAGE}", end="", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        if verb in TRAINER_VERBS:
+            train(words)
+        else:
+            auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
+    except LitAlignError as error:
+        print(f"lit-align: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def train(arguments: list[str]) -> None:
+    """A verb of the Trainer, as LightningCLI knows it."""
+    AlignCLI(
+        LanguageModelModule,
+        lightning.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        args=arguments,
+        parser_kwargs={"prog": "lit-align"},
+    )
+
+
+if __name__ == "__main__":
+    main()

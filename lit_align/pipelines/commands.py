@@ -1,0 +1,179 @@
+"""The smaller verbs of the command line: localize, evaluate, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_align.compact import apply_delta, export_delta, load_trainable, restrict
+from lit_align.data.bad_rows import BadRows
+from lit_align.data.files import read_rows
+from lit_align.errors import LocalizationError, TrainingError
+from lit_align.evaluation import evaluate
+from lit_align.language_model import load_language_model, resolve_model, save_language_model
+from lit_align.localizers import magnitude_scores, random_scores, select_by_weight_change
+from lit_align.masks import ParameterMask, conv1d_row_axes, select
+from lit_align.masks.select import Scope
+from lit_align.modules.base import CHECKPOINT_KEY, PREFIX
+from lit_align.pipelines.rows import write_json
+
+
+def localize(
+    model: str,
+    output: str,
+    method: Literal["weight_change", "random", "magnitude"] = "weight_change",
+    trained: str | None = None,
+    ratio: float = 0.1,
+    granularity: Literal["element", "row", "layer"] = "element",
+    scope: Scope = "global",
+    seed: int = 0,
+) -> None:
+    """A mask of key parameters from model folders.
+
+    For a mask by the gradient of a loss on data use `lit-align fit` with the callback
+    `KeyParameterLocalization` (`method: gradient`).
+
+    Args:
+        model: the base: local folder, hub id or alias.
+        output: file of the mask.
+        method: `weight_change` compares the base with `trained`.
+        trained: local folder, hub id or alias of the model after training, in fp32.
+        ratio: share of the units to select.
+        granularity: element, row or layer.
+        scope: rank all units together, or inside each parameter.
+        seed: for `random`.
+    """
+    base, _ = load_language_model(model)
+    settings: dict[str, Any] = {
+        "scope": scope,
+        "granularity": granularity,
+        "row_axes": conv1d_row_axes(base),
+        "base_fingerprint": base.base_fingerprint,
+    }
+    if method == "weight_change":
+        if trained is None:
+            raise LocalizationError("method weight_change compares two models: give --trained")
+        folder = resolve_model(trained)
+        mask = select_by_weight_change(resolve_model(model), folder, ratio, **settings)
+    else:
+        scores = random_scores(base, seed) if method == "random" else magnitude_scores(base)
+        mask = select(scores, ratio, method=method, **settings)
+    mask.save(output)
+    print(f"{mask}: {output}")
+
+
+def evaluate_files(
+    model: str,
+    data: str,
+    task: Literal["multiple_choice", "exact_answer", "preference"],
+    delta: str | None = None,
+    limit: int | None = None,
+    output: str | None = None,
+    mode: Literal["logps", "generate"] = "logps",
+    max_new_tokens: int = 48,
+    last_number: bool = False,
+    batch_size: int = 64,
+) -> None:
+    """Accuracy of a model on a file of rows, with a 95 % interval.
+
+    Args:
+        model: local folder, hub id or alias.
+        data: JSONL or JSON file, `datasets` folder or hub id.
+        task: `multiple_choice` (question, choices, answer_index), `exact_answer` (question,
+            final_answer) or `preference` (prompt, chosen, rejected).
+        delta: a delta to apply to the model first.
+        limit: only the first so many rows.
+        output: write the metrics and a record a row to this JSON file.
+        mode: of `multiple_choice`: the likeliest choice, or the one a generated response names.
+        max_new_tokens: of a generated response.
+        last_number: take the last number where a response has no "The answer is:".
+        batch_size: responses at a time.
+    """
+    language_model, tokenizer = load_language_model(model)
+    if delta is not None:
+        apply_delta(language_model, delta)
+    bad_rows = BadRows()
+    rows = [columns for _, columns in read_rows(data, bad_rows)]
+    bad_rows.raise_if_any()
+    metrics = evaluate(
+        language_model,
+        tokenizer,
+        rows,
+        task,
+        limit=limit,
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        last_number=last_number,
+        batch_size=batch_size,
+    )
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(output), metrics)
+    print(json.dumps({k: v for k, v in metrics.items() if k != "records"}))
+
+
+def export(
+    output: str,
+    model: str | None = None,
+    delta: str | None = None,
+    checkpoint: str | None = None,
+    mask: str | None = None,
+) -> None:
+    """A trained model as a sparse delta (`.safetensors`) or as an ordinary model folder.
+
+    Either `--model` with `--delta`, which are merged, or a checkpoint of `lit-align fit`, with the
+    mask that it was trained on (none for a full fit).
+
+    Args:
+        output: a file ending in `.safetensors` (a delta) or a folder (a whole model).
+        model: the base; for a checkpoint, default the one it names.
+        delta: a delta of that base.
+        checkpoint: a Lightning checkpoint.
+        mask: what the checkpoint was trained on.
+
+    Raises:
+        TrainingError: the arguments do not go together.
+    """
+    if (checkpoint is None) == (delta is None):
+        raise TrainingError("export takes either --checkpoint, or --model and --delta")
+    if checkpoint is not None:
+        trained, tokenizer = _from_checkpoint(checkpoint, model, mask)
+    elif model is not None:
+        trained, tokenizer = load_language_model(model, dtype="auto")
+        apply_delta(trained, str(delta))
+    else:
+        raise TrainingError("export --delta needs --model, the delta's base")
+    if output.endswith(".safetensors"):
+        if mask is None:
+            raise TrainingError("a delta needs --mask; name a folder to export the whole model")
+        export_delta(trained, output, ParameterMask.load(mask))
+    else:
+        save_language_model(trained, tokenizer, output)
+    print(output)
+
+
+def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[Any, Any]:
+    """The model of a checkpoint, its trained entries written into its weights."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        identity, state = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
+        settings = checkpoint["hyper_parameters"]
+    except (OSError, RuntimeError, KeyError, EOFError) as error:
+        raise TrainingError(f"{path}: not a checkpoint of lit-align: {error}") from error
+    trained, tokenizer = load_language_model(model or settings["model"])
+    if trained.base_fingerprint != identity["base_fingerprint"]:
+        raise TrainingError(f"{path} was trained from another base than {model}")
+    if settings.get("delta"):
+        apply_delta(trained, settings["delta"])
+    if mask is not None:
+        restrict(trained, ParameterMask.load(mask), keep_base=False)
+        digest = ParameterMask.load(mask).digest
+        if digest != identity["mask_digest"]:
+            raise TrainingError(f"{path} was trained on another mask than {mask}")
+    elif identity["mask_digest"] is not None:
+        raise TrainingError(f"{path} was trained on a mask: name it with --mask")
+    load_trainable(trained, {n.removeprefix(PREFIX): t for n, t in state.items()})
+    return trained, tokenizer

@@ -1,0 +1,242 @@
+"""Settings of the pipelines: frozen dataclasses, each field an option of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lit_align.losses import DPOLossType
+from lit_align.losses.token_filter import FilterSide
+from lit_align.masks.select import Granularity, Scope
+
+DataKind = Literal["word_problems", "questions", "preference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which rows.
+
+    Attributes:
+        kind: `word_problems` (the embedded generator), `questions` (rows with an answer that can
+            be checked: `final_answer`, or `choices` and `answer_index`) or `preference` (pairs:
+            sampling is skipped).
+        train_files: JSONL files; none for word problems.
+        held_out_files: JSONL files; none: every `held_out_every`-th row of the train files.
+        train_rows: use so many (0: all), taken evenly from the files.
+        held_out_rows: likewise.
+        held_out_every: see `held_out_files`.
+        seed: of the generator, and of the order of the rows.
+    """
+
+    kind: DataKind = "word_problems"
+    train_files: tuple[str, ...] = ()
+    held_out_files: tuple[str, ...] = ()
+    train_rows: int = 200
+    held_out_rows: int = 100
+    held_out_every: int = 4
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """One training run.
+
+    Attributes:
+        learning_rate: peak.
+        epochs: over the rows.
+        batch_size: rows of one forward and backward.
+        accumulate: such batches of one step.
+        weight_decay: decoupled, on trained entries alone.
+        warmup_ratio: share of the steps with linear warm-up.
+        lr_scheduler: a name that `transformers.get_scheduler` knows.
+        gradient_clip: largest norm of the gradient; 0 for none.
+        max_length: most tokens of prompt and response.
+        max_steps: stop after so many; -1 for none.
+    """
+
+    learning_rate: float = 1e-6
+    epochs: int = 1
+    batch_size: int = 8
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.1
+    lr_scheduler: str = "cosine"
+    gradient_clip: float = 1.0
+    max_length: int = 1024
+    max_steps: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTSettings(TrainSettings):
+    """Supervised fine-tuning on the train rows' right responses, first of all.
+
+    Attributes:
+        enabled: without it the given model is what everything starts from.
+    """
+
+    enabled: bool = True
+    learning_rate: float = 2e-5
+    epochs: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """Responses drawn from the model for the train rows.
+
+    Attributes:
+        num_samples: a question.
+        temperature: > 0.
+        top_p: nucleus.
+        max_new_tokens: of a response; in evaluation as well.
+        pairs_per_prompt: most pairs of correct × wrong responses of one question.
+        gold_as_chosen: where no sampled response is right, the row's own right response is the
+            better one of the pair.
+        batch_size: sequences generated at a time.
+        seed: of the draws.
+    """
+
+    num_samples: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 48
+    pairs_per_prompt: int = 5
+    gold_as_chosen: bool = True
+    batch_size: int = 128
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOSettings(TrainSettings):
+    """A DPO run (the warm-up is one).
+
+    Attributes:
+        beta: strength of the pull towards the reference.
+        loss_type: sigmoid, hinge, ipo or robust.
+        label_smoothing: share of labels taken to be wrong.
+    """
+
+    beta: float = 0.1
+    loss_type: DPOLossType = "sigmoid"
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LocateSettings:
+    """How key neurons are found; one score gives both masks, so the smaller is inside the larger.
+
+    Attributes:
+        method: `weight_change` (the paper's, from the warm-up), `gradient` (of the DPO loss at θ),
+            `random` or `magnitude`.
+        forget_ratio: share of N1.
+        improve_ratio: share of N2.
+        granularity: element, row or layer.
+        scope: rank globally or inside each parameter.
+        num_batches: for `gradient`.
+        seed: for `random`.
+    """
+
+    method: Literal["weight_change", "gradient", "random", "magnitude"] = "weight_change"
+    forget_ratio: float = 0.1
+    improve_ratio: float = 0.1
+    granularity: Granularity = "element"
+    scope: Scope = "global"
+    num_batches: int = 8
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRewardSettings(TrainSettings):
+    """Which tokens of wrong responses are unaligned, and the reward model's training.
+
+    Attributes:
+        kind: `binary`, `soft` or `raw` from a reward model, or `edit` without one.
+        threshold: of `binary`: weight 1 where the token's probability is below it.
+        teacher: where corrections come from: the rows' right response (`gold`), their `correction`
+            column (`column`), or a local model (`model`).
+        teacher_model: for `teacher: model`.
+        reward_model: what the reward model is trained from; none: what the policy starts from.
+        identity_rewrites: train it on right responses as well, which it is to leave as they are.
+    """
+
+    kind: Literal["edit", "binary", "soft", "raw"] = "edit"
+    threshold: float = 0.5
+    teacher: Literal["gold", "column", "model"] = "gold"
+    teacher_model: str | None = None
+    reward_model: str | None = None
+    identity_rewrites: bool = True
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    warmup_ratio: float = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetSettings(TrainSettings):
+    """The forgetting stage, on mask N1.
+
+    Attributes:
+        enabled: without it the improving stage starts from where forgetting would have.
+        beta: of NPO.
+        loss_type: per weighted token (ALLO), or per response (the original NPO).
+        retain: term that keeps right responses as they are: none, nll or kl.
+        retain_weight: weight of one retained unit against one forgotten.
+    """
+
+    enabled: bool = True
+    beta: float = 0.1
+    loss_type: Literal["token", "sequence"] = "token"
+    retain: Literal["none", "nll", "kl"] = "none"
+    retain_weight: float = 1.0
+    learning_rate: float = 5e-7
+    warmup_ratio: float = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class ImproveSettings(DPOSettings):
+    """The improving stage, on mask N2: DPO with the noisy-token filter.
+
+    Attributes:
+        filter_side: whose tokens the filter looks at.
+        drop_fraction: drop this share of a response's tokens, those of the highest reward.
+        keep_fraction: or keep only this share, those of the lowest (the public code).
+    """
+
+    filter_side: FilterSide = "both"
+    drop_fraction: float | None = 0.1
+    keep_fraction: float | None = None
+
+    learning_rate: float = 5e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """The machine's side.
+
+    Attributes:
+        precision: Lightning's: 32-true, bf16-mixed or bf16-true.
+        accelerator: Lightning's.
+        gradient_checkpointing: trade time for activation memory.
+        seed: of the training order.
+    """
+
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    accelerator: str = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """How the models of the table are compared on the held-out rows.
+
+    Attributes:
+        mode: of questions with choices: the likeliest choice (`logps`), or the one that the greedy
+            response names (`generate`).
+        max_new_tokens: of a greedy response.
+        last_number: take the last number where a response has no "The answer is:".
+        batch_size: responses at a time.
+    """
+
+    mode: Literal["logps", "generate"] = "generate"
+    max_new_tokens: int = 48
+    last_number: bool = False
+    batch_size: int = 64

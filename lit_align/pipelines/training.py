@@ -1,0 +1,78 @@
+"""One training run inside a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_align.pipelines.settings import RunSettings, TrainSettings
+
+MODULE_FIELDS = ("learning_rate", "weight_decay", "warmup_ratio", "lr_scheduler")
+
+
+def module_settings(settings: TrainSettings, run: RunSettings) -> dict[str, Any]:
+    """What a module takes of the settings of a run."""
+    chosen = {name: getattr(settings, name) for name in MODULE_FIELDS}
+    return chosen | {"gradient_checkpointing": run.gradient_checkpointing}
+
+
+def data_settings(settings: TrainSettings, run: RunSettings, folder: Path) -> dict[str, Any]:
+    """What a data module takes: sampled rows that cannot be used are written down, not fatal."""
+    return {
+        "batch_size": settings.batch_size,
+        "max_length": settings.max_length,
+        "seed": run.seed,
+        "on_bad_row": "skip",
+        "output_dir": str(folder),
+    }
+
+
+def train(
+    module: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    settings: TrainSettings,
+    run: RunSettings,
+    folder: Path,
+    callbacks: Sequence[lightning.Callback] = (),
+) -> None:
+    """Fit `module`, with metrics in `folder`; the trained model is then in `module.model`.
+
+    A stage is done again from its beginning when it is killed, so it writes no checkpoint.
+    """
+    lightning.seed_everything(run.seed, verbose=False)
+    trainer = lightning.Trainer(
+        default_root_dir=folder,
+        accelerator=run.accelerator,
+        devices=1,
+        precision=run.precision,
+        max_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.gradient_clip or None,
+        callbacks=list(callbacks),
+        logger=CSVLogger(folder, name="", version="logs"),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+
+
+def release(*modules: lightning.LightningModule) -> None:
+    """Let go of models, so that the next stage's memory is its own."""
+    for module in modules:
+        module.language_model = None  # type: ignore[assignment]
+        module.trainer = None
+    gc.collect()
+
+
+def as_config(*settings: Any) -> dict[str, Any]:
+    """Settings as what a stage's hash covers."""
+    return {type(s).__name__: dataclasses.asdict(s) for s in settings}
