@@ -1,4 +1,4 @@
-"""Tiny random models and a tokenizer, built from nothing: tests need no download and no ../shared."""
+"""Tiny random models and a tokenizer, built from nothing: no download and no ../shared."""
 
 from pathlib import Path
 

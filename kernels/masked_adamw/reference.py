@@ -14,10 +14,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from lit_align_kernels.entries import Entries
-from lit_align_kernels.swap_selected import scatter_entries_
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import scatter_entries_
 
 
 @dataclasses.dataclass
@@ -43,6 +44,13 @@ class AdamWEntry:
     entries: Entries | None = None
 
 
+def _laid_out_like(grad: Tensor, master: Tensor) -> Tensor:
+    """`grad` with the strides of `master`: the fused CPU kernel pairs them by memory order."""
+    if grad.stride() == master.stride():
+        return grad
+    return torch.empty_like(master).copy_(grad)
+
+
 @torch.no_grad()
 def masked_adamw_(
     batch: list[AdamWEntry],
@@ -56,7 +64,7 @@ def masked_adamw_(
     """See `lit_align_kernels.masked_adamw.masked_adamw_`."""
     adamw(
         [e.master for e in batch],
-        [e.grad for e in batch],
+        [_laid_out_like(e.grad, e.master) for e in batch],
         [e.exp_avg for e in batch],
         [e.exp_avg_sq for e in batch],
         [],

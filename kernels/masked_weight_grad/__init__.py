@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lit_align_kernels import dispatch
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import reference
 from lit_align_kernels.masked_weight_grad.reference import gather_block
-from torch import Tensor
 
 __all__ = ["gather_block", "masked_weight_grad"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lit_align_kernels.entries import Entries
 from torch import Tensor
+
+from lit_align_kernels.entries import Entries
 
 BLOCK_ENTRIES = 1 << 20  # entries of the dense product that exist at once (4 MiB in fp32)
 
@@ -36,7 +37,7 @@ def gather_block(block: Tensor, entries: Entries, start: int, stop: int, out: Te
 
     Args:
         block: (stop - start, width), rows [start, stop) of the dense tensor (axis 0).
-        entries: kind `elements`, `rows` with axis 0, or `all`.
+        entries: of the dense tensor, any kind.
         start: first row of the block.
         stop: one past the last row of the block.
         out: (M,) fp32, all selected entries in order; the block's share is written.
@@ -44,8 +45,12 @@ def gather_block(block: Tensor, entries: Entries, start: int, stop: int, out: Te
     width = block.shape[1]
     if entries.kind == "all":
         out[start * width : stop * width] = block.reshape(-1)
+    elif entries.kind == "rows" and entries.axis == 1:
+        assert entries.rows is not None
+        columns = out.view(entries.rows.numel(), entries.row_length)
+        columns[:, start:stop] = block.index_select(1, entries.rows).t()
     elif entries.kind == "rows":
-        assert entries.rows is not None and entries.axis == 0
+        assert entries.rows is not None
         first, last = torch.searchsorted(
             entries.rows, torch.tensor([start, stop], device=block.device)
         ).tolist()

@@ -7,8 +7,9 @@ is one contiguous row of `values` where axis = 1), by increasing position for th
 from __future__ import annotations
 
 import torch
-from lit_align_kernels.entries import Entries
 from torch import Tensor
+
+from lit_align_kernels.entries import Entries
 
 
 def _rows_view(weight: Tensor, axis: int) -> Tensor:
@@ -36,7 +37,7 @@ def scatter_entries_(weight: Tensor, entries: Entries, values: Tensor) -> None:
     elif entries.kind == "rows":
         assert entries.rows is not None
         view = _rows_view(weight, entries.axis)
-        view.index_copy_(0, entries.rows, values.view(entries.rows.numel(), -1))
+        view.index_copy_(0, entries.rows, values.view(entries.rows.numel(), view.shape[1]))
     else:
         assert entries.positions is not None
         # index_put_ wants int64; positions are int32 where they fit, so this is cast here.

@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from lit_align_kernels import dispatch
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.token_logprobs import reference
 from lit_align_kernels.token_logprobs.reference import HeadSettings, TokenStatistics
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["TokenStatistics", "WeightHandle", "token_logprobs", "token_logprobs_with_statistics"]
 
@@ -77,9 +78,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight, None, d_bias, None, None, None
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} does not fit head {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit head {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}")
     if targets.device.type == "cpu" and targets.numel():
@@ -97,10 +100,12 @@ def _apply(
     soft_cap: float | None,
     max_logits_bytes: int,
 ) -> tuple[Tensor, Tensor, WeightHandle, HeadSettings]:
+    if isinstance(weight, WeightHandle) and bias is not None:
+        raise ValueError("a WeightHandle brings its own bias: give none beside it")
     handle = weight if isinstance(weight, WeightHandle) else WeightHandle(weight, bias=bias)
-    _check(hidden, handle.weight, targets)
+    _check(hidden, handle.weight, handle.bias, targets)
     dispatch.implementation_for("token_logprobs", hidden.device)
-    block = max(MIN_BLOCK, max_logits_bytes // (4 * max(1, hidden.shape[0])))
+    block = max(MIN_BLOCK, max_logits_bytes // (4 * max(1, *hidden.shape)))
     settings = HeadSettings(logit_scale, soft_cap, min(block, handle.weight.shape[0]))
     logps, logsumexp = _TokenLogprobs.apply(
         hidden, handle.weight, handle.selected, handle.bias, targets, handle.entries, settings
@@ -125,17 +130,18 @@ def token_logprobs(
         weight: the head's weight (V, D), or the `WeightHandle` of a compact head: then the gradient
             goes to its selected entries.
         targets: (N,) int64 token ids.
-        bias: (V,) or None; with a handle, the handle's bias is used.
+        bias: (V,) or None; a handle brings its own.
         logit_scale: factor on the logits.
         soft_cap: c in c·tanh(logits / c), or None.
-        max_logits_bytes: bytes of logits that may exist at once (at least 256 of the vocabulary are
-            taken together).
+        max_logits_bytes: bytes of logits (and of the weight's gradient, where entries train) that
+            may exist at once; at least 256 of the vocabulary are taken together.
 
     Returns:
         (N,) fp32, accumulated in fp32. N may be 0.
 
     Raises:
-        ValueError: where shapes do not fit or a target lies outside the vocabulary.
+        ValueError: where shapes do not fit, a target lies outside the vocabulary (not checked on a
+            GPU: its log-prob is NaN there), or a bias is given beside a handle.
     """
     return _apply(hidden, weight, targets, bias, logit_scale, soft_cap, max_logits_bytes)[0]
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
+
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import gather_block
-from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class HeadSettings:
     Attributes:
         logit_scale: factor on the logits.
         soft_cap: c in c·tanh(z / c) after scaling, or None.
-        block: vocabulary entries whose logits exist at once.
+        block: vocabulary entries whose logits, and rows of the weight's gradient, exist at once.
     """
 
     logit_scale: float = 1.0
@@ -67,7 +68,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and the logsumexp of their logits, each (N,) fp32."""
     logsumexp = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=torch.float32)
-    target_logit = torch.empty_like(logsumexp)
+    # NaN, not empty: on a GPU targets are not checked, and a stray one must not read old memory.
+    target_logit = torch.full_like(logsumexp, torch.nan)
     for start in range(0, weight.shape[0], s.block):
         stop = min(weight.shape[0], start + s.block)
         logits = _logits(hidden, weight, bias, start, stop, s)

@@ -95,25 +95,18 @@ class Allo:
         start = self._start_inputs()
         files = [Path(f) for f in (*self.data.train_files, *self.data.held_out_files)]
         common = as_config(self.run)
-        sampled: list[Stage] = []
+        stages = [Stage("data", as_config(self.data), files, self._data)]
+        if self.sft.enabled:
+            stages.append(Stage("sft", as_config(self.sft) | common, [base, "data"], self._sft))
+        drawn: list[Path | str] = ["data"]
         if self.data.kind != "preference":
-            sampled = [
-                Stage("sample", as_config(self.sample), [*start, "data"], self._sample),
-            ]
-        stages = [
-            Stage("data", as_config(self.data), files, self._data),
-            *([self._sft_stage(base, common)] if self.sft.enabled else []),
-            *sampled,
-            Stage(
-                "pairs", as_config(self.sample), [s.name for s in sampled] or ["data"], self._pairs
-            ),
-            Stage("warm_up", as_config(self.warm_up) | common, [*start, "pairs"], self._warm_up),
-            Stage(
-                "locate",
-                as_config(self.locate) | common,
-                [*start, "warm_up", "pairs"],
-                self._locate,
-            ),
+            stages.append(Stage("sample", as_config(self.sample), [*start, "data"], self._sample))
+            drawn = ["sample"]
+        warm_up, locate = as_config(self.warm_up) | common, as_config(self.locate) | common
+        stages += [
+            Stage("pairs", as_config(self.sample), drawn, self._pairs),
+            Stage("warm_up", warm_up, [*start, "pairs"], self._warm_up),
+            Stage("locate", locate, [*start, "warm_up", "pairs"], self._locate),
             *self._reward_model_stages(common),
             self._token_rewards_stage(common),
         ]
@@ -152,9 +145,6 @@ class Allo:
         train_rows, held_out = load_rows(self.data)
         write_jsonl(folder / "train.jsonl", train_rows)
         write_jsonl(folder / "held_out.jsonl", held_out)
-
-    def _sft_stage(self, base: Path, common: dict[str, Any]) -> Stage:
-        return Stage("sft", as_config(self.sft) | common, [base, "data"], self._sft)
 
     def _sft(self, folder: Path) -> None:
         rows = [
@@ -309,15 +299,13 @@ class Allo:
         """Fine-tune on the rewriting task."""
         right = []
         if self.token_rewards.identity_rewrites:
-            pairs = {
-                json.dumps([r["prompt"], r["chosen"]]): r for r in self._rows("pairs", "pairs")
-            }
+            rows = self._rows("pairs", "pairs")
+            distinct = {json.dumps([r["prompt"], r["chosen"]]): r for r in rows}.values()
             right = [
-                Prediction.from_row(row | {"target": row["chosen"]}, row["chosen"])
-                for row in pairs.values()
+                Prediction.from_row(r | {"target": r["chosen"]}, r["chosen"]) for r in distinct
             ]
-        rows = rewriting_rows(self._wrong(), self._correction_texts(), right)
-        self._fine_tune(str(self._reward_base()), rows, self.token_rewards, folder)
+        task = rewriting_rows(self._wrong(), self._correction_texts(), right)
+        self._fine_tune(str(self._reward_base()), task, self.token_rewards, folder)
 
     def _token_rewards(self, folder: Path) -> None:
         settings = self.token_rewards

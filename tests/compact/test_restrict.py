@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from lit_align_kernels.token_logprobs import token_logprobs
 from torch import nn
 
 from lit_align.compact import head_handle, links, reference_policy, restrict, sync
 from lit_align.errors import MaskError, ModelError, TrainingError
 from lit_align.masks import ParameterMask, conv1d_row_axes, named_shapes, select
 from lit_align.optim import MaskedAdamW
+from lit_align_kernels.token_logprobs import token_logprobs
 from tests.tiny_models import tiny_model
 
 KINDS = ("llama", "gpt2", "mixtral")
