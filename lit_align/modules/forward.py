@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +41,14 @@ def head_settings(model: PreTrainedModel) -> dict[str, float | None]:
         "logit_scale": scale / scaling,
         "soft_cap": getattr(config, "final_logit_softcapping", None),
     }
+
+
+def scaled_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What the model makes of its head's product (..., V): scaled, then capped."""
+    settings = head_settings(model)
+    logits = logits * settings["logit_scale"]
+    cap = settings["soft_cap"]
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def per_token_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -7,36 +7,50 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
+from torchmetrics import Metric
 
 from lit_align.peak_memory import peak_memory_mib
 
 Reported = dict[str, tuple[Tensor, Tensor]]  # name → (mean, weight), both scalars
 
 
-class MetricLog(nn.Module):
-    """One `MeanMetric` a name; every rank has the same names, so that computing never deadlocks."""
+class MetricLog(Metric):
+    """A weighted mean for each name; all ranks have the same names, so that computing never hangs.
+
+    (`MeanMetric(nan_strategy="disable")` of torchmetrics 1.9 forgets its weights, and its other
+    strategies wait for the device at every update.)
+    """
+
+    full_state_update = False
+    sums: Tensor
+    weights: Tensor
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        self.names = names
+        for state in ("sums", "weights"):
+            self.add_state(state, torch.zeros(len(names)), dist_reduce_fx="sum")
 
     def update(self, reported: Reported) -> None:
         """Take in one batch's values; a value of weight 0 is left out."""
+        sums, weights = torch.zeros_like(self.sums), torch.zeros_like(self.weights)
         for name, (mean, weight) in reported.items():
-            weight = weight.detach().float()
-            self.metrics[name].update(torch.where(weight > 0, mean.detach().float(), 0.0), weight)
+            at, weight = self.names.index(name), weight.detach().float()
+            weights[at] = weight
+            sums[at] = torch.where(weight > 0, mean.detach().float() * weight, 0.0)
+        # Out of place: what validation's inference mode has made must not be written to outside it.
+        self.sums, self.weights = self.sums + sums, self.weights + weights
+
+    def compute(self) -> dict[str, float]:
+        """Means of everything since the last reset, on all ranks; names without data are absent."""
+        means = (self.sums / self.weights).tolist()
+        return {name: m for name, m in zip(self.names, means, strict=True) if not math.isnan(m)}
 
     def compute_and_reset(self) -> dict[str, float]:
-        """Means of everything since the last call, on all ranks; names without data are absent."""
-        values = {}
-        for name, metric in self.metrics.items():
-            if metric.update_called or torch.distributed.is_initialized():
-                value = float(metric.compute())
-                if not math.isnan(value):
-                    values[name] = value
-            metric.reset()
+        """The means, and a new beginning."""
+        values = self.compute()
+        self.reset()
         return values
 
 

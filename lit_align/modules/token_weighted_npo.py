@@ -14,7 +14,7 @@ from lit_align.compact import reference_policy
 from lit_align.errors import TrainingError
 from lit_align.losses import npo_loss, sequence_lengths, sequence_logps, token_npo_losses
 from lit_align.modules.base import LanguageModelModule, Objective
-from lit_align.modules.forward import target_hidden
+from lit_align.modules.forward import scaled_logits, target_hidden
 
 KL_CHUNK = 128  # retained tokens whose full distributions exist at once
 
@@ -61,6 +61,7 @@ class TokenWeightedNPO(LanguageModelModule):
         self.save_hyperparameters()
         if retain == "kl" and self.hparams.reference != "swap":
             raise TrainingError("retain: kl compares whole distributions: set reference: swap")
+        self._ref_distributions: Tensor | None = None  # (retained, V) of the batch in hand
 
     def objective(
         self, batch: PackedBatch, per_token_logps: Tensor, ref_per_token_logps: Tensor | None
@@ -68,8 +69,8 @@ class TokenWeightedNPO(LanguageModelModule):
         """Units are tokens of weight ≠ 0, or responses."""
         assert ref_per_token_logps is not None
         h = self.hparams
-        roles = batch.sequence_roles[batch.sequence_index]
-        forget, retained = batch.token_weights * (roles == 1), batch.token_weights * (roles == 0)
+        retained = self._retained(batch)
+        forget = batch.token_weights - retained
         by_token = h.loss_type == "token"
         if by_token:
             losses = token_npo_losses(per_token_logps, ref_per_token_logps, h.beta)
@@ -118,23 +119,34 @@ class TokenWeightedNPO(LanguageModelModule):
         valid = self._valid(batch, role=0)
         return (means * valid).sum(), valid.sum()
 
+    def reference_per_token_logps(self, batch: PackedBatch) -> Tensor | None:
+        """(N,); `retain: kl` also keeps the reference's distributions for the objective."""
+        if self.hparams.retain == "kl":
+            at = self._retained(batch).nonzero()[:, 0]
+            with reference_policy(self.model):
+                self._ref_distributions = self._head_logps(target_hidden(self.model, batch)[at])
+        return super().reference_per_token_logps(batch)
+
+    def _retained(self, batch: PackedBatch) -> Tensor:
+        """(N,) weights of the retained targets."""
+        return batch.token_weights * (batch.sequence_roles[batch.sequence_index] == 0)
+
     def _kl(self, batch: PackedBatch, weights: Tensor) -> Tensor:
         """KL(π_ref ‖ π) at every retained target, 0 elsewhere: (N,)."""
         at = weights.nonzero()[:, 0]
-        out = torch.zeros_like(weights)
-        if not at.numel():
-            return out
-        with reference_policy(self.model):
-            ref = self._head_logps(target_hidden(self.model, batch)[at])
+        ref, self._ref_distributions = self._ref_distributions, None
+        if ref is None or not at.numel():  # localisation: at θ itself KL and its gradient are 0
+            return torch.zeros_like(weights)
         hidden = target_hidden(self.model, batch)[at]
         parts = [
             checkpoint(self._kl_of, h, r, use_reentrant=False)
             for h, r in zip(hidden.split(KL_CHUNK), ref.split(KL_CHUNK), strict=True)
         ]
-        return out.index_put((at,), torch.cat(parts))
+        return torch.zeros_like(weights).index_put((at,), torch.cat(parts))
 
     def _head_logps(self, hidden: Tensor) -> Tensor:
-        return F.log_softmax(self.model.get_output_embeddings()(hidden).float(), dim=-1)
+        logits = self.model.get_output_embeddings()(hidden).float()
+        return F.log_softmax(scaled_logits(self.model, logits), dim=-1)
 
     def _kl_of(self, hidden: Tensor, ref_logps: Tensor) -> Tensor:
         logps = self._head_logps(hidden)
