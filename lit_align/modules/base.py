@@ -130,6 +130,11 @@ class LanguageModelModule(lightning.LightningModule):
         return objective.loss_sum / objective.units.clamp(min=1)
 
     @property
+    def settings(self) -> Any:
+        """The arguments that the module was made with."""
+        return self.hparams
+
+    @property
     def model(self) -> PreTrainedModel:
         """The language model, once it is loaded."""
         if self.language_model is None:
@@ -142,7 +147,7 @@ class LanguageModelModule(lightning.LightningModule):
         """Load the model, ask for a mask, restrict; compute reference log-probs on the way."""
         if self.language_model is not None:
             return
-        h = self.hparams
+        h: Any = self.hparams
         precision = self.trainer.precision
         dtype = DTYPES.get(str(precision), torch.float32)
         self.language_model, self.tokenizer = load_language_model(
@@ -153,7 +158,7 @@ class LanguageModelModule(lightning.LightningModule):
         )
         if h.delta:
             apply_delta(self.model, h.delta)
-        self.model.to(self.trainer.strategy.root_device)
+        nn.Module.to(self.model, self.trainer.strategy.root_device)
         self.mask = self._requested_mask()
         if self.uses_reference and h.reference == "cache":
             self._attach_reference_logps()
@@ -194,7 +199,7 @@ class LanguageModelModule(lightning.LightningModule):
                 data.attach_reference_logps(split, self._reference_logps_of(data, split))
 
     def _reference_logps_of(self, data: Any, split: str) -> reference_logps.RowLogps:
-        h = self.hparams
+        h: Any = self.hparams
         key = data.reference_key(split) | {
             "model": self.model.base_fingerprint,
             "delta": h.delta and Delta.load(h.delta).checksum,
@@ -365,7 +370,7 @@ class LanguageModelModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """MaskedAdamW over what trains, and the schedule, by step."""
-        h = self.hparams
+        h: Any = self.hparams
         optimizer = MaskedAdamW(
             [p for _, p in trainable(self.model)],
             lr=h.learning_rate,
@@ -385,7 +390,7 @@ class LanguageModelModule(lightning.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trainable entries alone; the base is named by its fingerprint."""
         return {PREFIX + name: p.detach() for name, p in trainable(self.model)}
 

@@ -65,7 +65,7 @@ class MaskedDPO(LanguageModelModule):
         weights = self._weights(batch, per_token_logps.detach() - ref_per_token_logps)
         policy = self._by_sequence(batch, per_token_logps, weights)
         reference = self._by_sequence(batch, ref_per_token_logps, weights)
-        h = self.hparams
+        h: Any = self.hparams
         losses, chosen, rejected = dpo_loss(
             policy[0::2], policy[1::2], reference[0::2], reference[1::2],
             h.beta, h.label_smoothing, h.loss_type,
@@ -101,7 +101,7 @@ class MaskedDPO(LanguageModelModule):
 
     def _by_sequence(self, batch: PackedBatch, logps: Tensor, weights: Tensor) -> Tensor:
         sums = sequence_logps(logps, batch.sequence_index, batch.num_sequences, weights)
-        if self.hparams.loss_type != "ipo":
+        if self.settings.loss_type != "ipo":
             return sums
         lengths = sequence_lengths(batch.sequence_index, batch.num_sequences)
         return sums / lengths.clamp(min=1)

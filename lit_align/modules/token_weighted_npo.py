@@ -59,7 +59,7 @@ class TokenWeightedNPO(LanguageModelModule):
         """
         super().__init__(model, **settings)
         self.save_hyperparameters()
-        if retain == "kl" and self.hparams.reference != "swap":
+        if retain == "kl" and self.settings.reference != "swap":
             raise TrainingError("retain: kl compares whole distributions: set reference: swap")
         self._ref_distributions: Tensor | None = None  # (retained, V) of the batch in hand
 
@@ -68,7 +68,7 @@ class TokenWeightedNPO(LanguageModelModule):
     ) -> Objective:
         """Units are tokens of weight ≠ 0, or responses."""
         assert ref_per_token_logps is not None
-        h = self.hparams
+        h: Any = self.hparams
         retained = self._retained(batch)
         forget = batch.token_weights - retained
         by_token = h.loss_type == "token"
@@ -104,13 +104,13 @@ class TokenWeightedNPO(LanguageModelModule):
         policy = sequence_logps(logps, index, count, batch.token_weights)
         reference = sequence_logps(ref_logps, index, count, batch.token_weights)
         valid = self._valid(batch, role=1)
-        return (npo_loss(policy, reference, self.hparams.beta) * valid).sum(), valid.sum()
+        return (npo_loss(policy, reference, self.settings.beta) * valid).sum(), valid.sum()
 
     def _retain(
         self, batch: PackedBatch, logps: Tensor, weights: Tensor, by_token: bool
     ) -> tuple[Tensor, Tensor]:
         """Sum of the retain term over its units, and how many those are."""
-        per_token = -logps if self.hparams.retain == "nll" else self._kl(batch, weights)
+        per_token = -logps if self.settings.retain == "nll" else self._kl(batch, weights)
         if by_token:
             return (weights * per_token).sum(), (weights != 0).sum()
         index, count = batch.sequence_index, batch.num_sequences
@@ -121,7 +121,7 @@ class TokenWeightedNPO(LanguageModelModule):
 
     def reference_per_token_logps(self, batch: PackedBatch) -> Tensor | None:
         """(N,); `retain: kl` also keeps the reference's distributions for the objective."""
-        if self.hparams.retain == "kl":
+        if self.settings.retain == "kl":
             at = self._retained(batch).nonzero()[:, 0]
             with reference_policy(self.model):
                 self._ref_distributions = self._head_logps(target_hidden(self.model, batch)[at])
@@ -157,7 +157,7 @@ class TokenWeightedNPO(LanguageModelModule):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         index, count = batch.sequence_index, batch.num_sequences
         sums = sequence_logps(logps.detach(), index, count)
-        rewards = self.hparams.beta * (sums - sequence_logps(ref_logps, index, count))
+        rewards = self.settings.beta * (sums - sequence_logps(ref_logps, index, count))
         forget, retained = self._valid(batch, role=1), self._valid(batch, role=0)
 
         def mean(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

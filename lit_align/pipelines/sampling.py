@@ -57,7 +57,8 @@ def make_pairs(sampled: Sequence[Row], settings: SampleSettings) -> tuple[list[R
             right = [row["target"]]
         for chosen, rejected in islice(product(right, row["wrong"]), settings.pairs_per_prompt):
             pairs.append(_pair(row, chosen, rejected))
-        wrong += [_wrong(row, text, i) for i, text in enumerate(row["wrong"])]
+        forgotten = row["wrong"][: settings.wrong_per_prompt or None]
+        wrong += [_wrong(row, text, i) for i, text in enumerate(forgotten)]
     if not pairs:
         raise DataError(
             f"{len(sampled)} questions gave no pair of a right and a wrong response: raise "

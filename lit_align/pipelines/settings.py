@@ -89,6 +89,7 @@ class SampleSettings:
         top_p: nucleus.
         max_new_tokens: of a response; in evaluation as well.
         pairs_per_prompt: most pairs of correct × wrong responses of one question.
+        wrong_per_prompt: most wrong responses of one question that are to be forgotten; 0: all.
         gold_as_chosen: where no sampled response is right, the row's own right response is the
             better one of the pair.
         batch_size: sequences generated at a time.
@@ -100,6 +101,7 @@ class SampleSettings:
     top_p: float = 1.0
     max_new_tokens: int = 48
     pairs_per_prompt: int = 5
+    wrong_per_prompt: int = 0
     gold_as_chosen: bool = True
     batch_size: int = 128
     seed: int = 0
