@@ -53,8 +53,8 @@ class Entries:
 
     def to(self, device: torch.device) -> Entries:
         """The same entries with the index tensors on `device` (self where they already are)."""
-        tensors = {k: getattr(self, k) for k in ("rows", "positions", "row_offsets")}
-        moved = {k: None if t is None else t.to(device) for k, t in tensors.items()}
-        if all(moved[k] is tensors[k] for k in tensors):
+        tensors = (self.rows, self.positions, self.row_offsets)
+        moved = tuple(None if t is None else t.to(device) for t in tensors)
+        if all(new is old for new, old in zip(moved, tensors, strict=True)):
             return self
-        return dataclasses.replace(self, **moved)
+        return Entries(self.kind, self.shape, self.axis, *moved)

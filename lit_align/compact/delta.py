@@ -10,10 +10,10 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_align.compact.state import links
 from lit_align.errors import DeltaError, MaskError
@@ -23,6 +23,7 @@ from lit_align.masks import ParameterMask, io, named_shapes
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import gather_entries, scatter_entries_
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 VALUES_PREFIX = "values."
 CHECKSUM = "delta_values_sha256"
 
@@ -137,7 +138,7 @@ def _weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in vectors}
 
 
-def apply_delta(model: nn.Module, path: str | Path) -> nn.Module:
+def apply_delta(model: AnyModule, path: str | Path) -> AnyModule:
     """Write a delta's values into the model, in place.
 
     Raises:
@@ -197,5 +198,4 @@ def merge(base_dir: str | Path, delta_path: str | Path, out_dir: str | Path) -> 
         ModelError: the base cannot be read, or the output folder holds something else.
     """
     model, tokenizer = load_language_model(base_dir, dtype="auto")
-    assert isinstance(model, PreTrainedModel)
     return save_language_model(apply_delta(model, delta_path), tokenizer, out_dir)

@@ -266,5 +266,6 @@ def make_compact(module: nn.Module) -> None:
         return
     fast = _fast_class(module) if "weight" in parts else None
     through = tuple(n for n in parts if not (fast and n == "weight"))
-    module.__class__ = compact_class(type(module), fast, through)
+    original: Any = type(module)
+    module.__class__ = compact_class(original, fast, through)
     live_modules.add(module)

@@ -35,7 +35,7 @@ def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 def head_settings(model: PreTrainedModel) -> dict[str, float | None]:
     """How this model scales and caps its logits (Cohere, Granite, Gemma 2 and 3)."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
+    scale: float = getattr(config, "logit_scale", None) or 1.0
     scaling = getattr(config, "logits_scaling", None) or 1.0
     return {
         "logit_scale": scale / scaling,

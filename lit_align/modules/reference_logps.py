@@ -61,7 +61,7 @@ def write(path: Path, rows: RowLogps, key: dict[str, Any]) -> None:
     """Write a split's log-probs (fp32 safetensors) with the key they belong to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = [values for row in rows for values in row]
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "logps": np.concatenate(flat).astype(np.float32),
         "sequence_lengths": np.array([len(values) for values in flat], np.int64),
         "row_sequences": np.array([len(row) for row in rows], np.int64),

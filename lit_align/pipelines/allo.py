@@ -201,7 +201,7 @@ class Allo:
         if self.locate.method == "gradient":
             self._locate_by_gradient(folder)
             return
-        model, _ = load_language_model(self.start)
+        model: Any = load_language_model(self.start)[0]
         scores = self._scores(model)
         for name, ratio in files.items():
             mask = select(

@@ -43,9 +43,9 @@ def load_rows(settings: DataSettings) -> tuple[list[Row], list[Row]]:
         DataError: files are missing or hold rows of another kind; names file and row.
     """
     if settings.kind == "word_problems":
-        train = word_problems(settings.train_rows, "train", settings.seed)
-        held_out = word_problems(settings.held_out_rows, "held_out", settings.seed)
-        return [_question(r) for r in train], [_question(r) for r in held_out]
+        problems = word_problems(settings.train_rows, "train", settings.seed)
+        others = word_problems(settings.held_out_rows, "held_out", settings.seed)
+        return [_question(r) for r in problems], [_question(r) for r in others]
     if not settings.train_files:
         raise DataError(f"data.kind {settings.kind} needs data.train_files")
     train, spare = _read_split(settings)

@@ -80,7 +80,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]], mask: ParameterMask)
         for name, r in results.items()
     ]
     n = next(iter(results.values()))["n"]
-    return Table(f"Held-out accuracy on {n} rows", COLUMNS, rows, note=_note(results, mask))
+    return Table(f"Held-out accuracy on {n} rows", COLUMNS, tuple(rows), note=_note(results, mask))
 
 
 def _note(results: Mapping[str, Mapping[str, Any]], mask: ParameterMask) -> str:
@@ -105,10 +105,10 @@ def _report(
     stages = Table(
         "Stages",
         ("stage", "seconds", "peak MiB"),
-        [
+        tuple(
             (r.name, round(r.seconds, 1), r.peak_rss_mib and round(r.peak_rss_mib))
             for r in records.values()
-        ],
+        ),
     )
     return write_report(
         run.output / "report.html",
@@ -131,7 +131,7 @@ def _sizes(run: Run) -> Table:
     for name in ("mask.safetensors", "delta.safetensors"):
         size = (run.output / "export" / name).stat().st_size
         rows.append((name, size / 2**20, size / weights))
-    return Table("Files", ("file", "MiB", "share of the model"), rows)
+    return Table("Files", ("file", "MiB", "share of the model"), tuple(rows))
 
 
 def _layer_table(mask: ParameterMask) -> Table:
@@ -139,7 +139,7 @@ def _layer_table(mask: ParameterMask) -> Table:
         ("other" if r["block"] is None else r["block"], r["selected"], r["total"], r["ratio"])
         for r in mask.layer_table()
     ]
-    return Table("N1 ∪ N2 by block", ("block", "selected", "total", "ratio"), rows)
+    return Table("N1 ∪ N2 by block", ("block", "selected", "total", "ratio"), tuple(rows))
 
 
 def _curves(output: Path) -> list[Curves]:
