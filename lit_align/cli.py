@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         if verb in TRAINER_VERBS:
-            train(words)
+            train(arguments)
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
     except LitAlignError as error:
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from error
 
 
-def train(arguments: list[str]) -> None:
-    """A verb of the Trainer, as LightningCLI knows it."""
+def train(arguments: Sequence[str] | None) -> None:
+    """A verb of the Trainer, as LightningCLI knows it; None: the words of the command line."""
     AlignCLI(
         LanguageModelModule,
         lightning.LightningDataModule,
@@ -95,7 +95,8 @@ def train(arguments: list[str]) -> None:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        args=arguments,
+        auto_configure_optimizers=False,  # the modules do: theirs follows the mask
+        args=None if arguments is None else list(arguments),
         parser_kwargs={"prog": "lit-align"},
     )
 

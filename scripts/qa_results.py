@@ -35,7 +35,7 @@ def run_seed(seed: int, data: Path, output: Path) -> Path:
 def table(results: list[dict]) -> str:
     """Markdown: accuracy over all seeds' answers with a 95 % interval, and each seed's."""
     lines = [
-        "| model | accuracy, all seeds | 95 % interval | each seed | ECQA | QASC | OpenBookQA | ARC |",
+        "| model | all seeds | 95 % interval | each seed | ECQA | QASC | OpenBookQA | ARC-easy |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in results[0]:

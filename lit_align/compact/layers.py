@@ -264,8 +264,8 @@ def make_compact(module: nn.Module) -> None:
     parts = [n for n, s in compact_state(module).items() if s.trainable is not None]
     if not parts:
         return
-    fast = _fast_class(module) if "weight" in parts else None
-    through = tuple(n for n in parts if not (fast and n == "weight"))
     original: Any = type(module)
+    fast: Any = _fast_class(module) if "weight" in parts else None
+    through = tuple(n for n in parts if not (fast and n == "weight"))
     module.__class__ = compact_class(original, fast, through)
     live_modules.add(module)

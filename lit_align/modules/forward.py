@@ -36,7 +36,7 @@ def head_settings(model: PreTrainedModel) -> dict[str, float | None]:
     """How this model scales and caps its logits (Cohere, Granite, Gemma 2 and 3)."""
     config = model.config.get_text_config()
     scale: float = getattr(config, "logit_scale", None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
+    scaling: float = getattr(config, "logits_scaling", None) or 1.0
     return {
         "logit_scale": scale / scaling,
         "soft_cap": getattr(config, "final_logit_softcapping", None),

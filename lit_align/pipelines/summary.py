@@ -13,7 +13,7 @@ from lit_align.pipelines.rows import write_json
 from lit_align.report import Table, format_interval, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, density_heat_map, read_metrics_csv
 
-COLUMNS = ("model", "accuracy", "95 % interval", "trained parameters", "peak MiB", "seconds")
+COLUMNS = ("model", "accuracy [95 % interval]", "trained parameters", "peak MiB", "seconds")
 STAGES = {"sft": ("sft",), "dpo": ("warm_up",), "allo": ("forget", "improve")}
 NAMES = {
     "base": "base",
@@ -71,7 +71,6 @@ def results_table(results: Mapping[str, Mapping[str, Any]], mask: ParameterMask)
     rows = [
         (
             NAMES[name],
-            f"{r['accuracy']:.1%}",
             format_interval(r["accuracy"], r["low"], r["high"]),
             r["trained_parameters"],
             r["peak_rss_mib"] and round(r["peak_rss_mib"]),
