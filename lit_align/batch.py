@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -13,13 +12,15 @@ CHOSEN = 0
 REJECTED = 1
 
 
-@dataclasses.dataclass
 class PackedBatch:
     """R rows of T tokens that hold S sequences with N targets; logits are needed for targets alone.
 
     A preference pair is two sequences that stand side by side: 2i chosen, 2i + 1 rejected. In the
     unlearning batch wrong responses are `REJECTED` and the retained good ones `CHOSEN`. In
     supervised fine-tuning all are `CHOSEN`. Targets are ordered by sequence, then by position.
+
+    Not a dataclass on purpose: under bf16-true Lightning would look into one and cast its token
+    weights and reference log-probs.
 
     Attributes:
         input_ids: (R, T) int64 token ids.
@@ -35,16 +36,30 @@ class PackedBatch:
         ref_per_token_logps: (N,) fp32 log-probs of the reference policy, or None.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor
-    hidden_index: Tensor
-    target_ids: Tensor
-    sequence_index: Tensor
-    token_weights: Tensor
-    sequence_roles: Tensor
-    row_ids: Tensor
-    ref_per_token_logps: Tensor | None = None
+    def __init__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        hidden_index: Tensor,
+        target_ids: Tensor,
+        sequence_index: Tensor,
+        token_weights: Tensor,
+        sequence_roles: Tensor,
+        row_ids: Tensor,
+        ref_per_token_logps: Tensor | None = None,
+    ) -> None:
+        self.input_ids = input_ids
+        self.position_ids = position_ids
+        self.attention_mask = attention_mask
+        self.hidden_index = hidden_index
+        self.target_ids = target_ids
+        self.sequence_index = sequence_index
+        self.token_weights = token_weights
+        self.sequence_roles = sequence_roles
+        self.row_ids = row_ids
+        self.ref_per_token_logps = ref_per_token_logps
 
     @property
     def num_sequences(self) -> int:
@@ -65,6 +80,5 @@ class PackedBatch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changes = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
-        return dataclasses.replace(self, **changes)
+        tensors = vars(self).items()
+        return PackedBatch(**{name: None if t is None else function(t) for name, t in tensors})

@@ -1,5 +1,7 @@
 """Peak resident memory of a piece of work, in MiB, from the operating system alone."""
 
+import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
@@ -29,7 +31,8 @@ class PeakMemory:
     scope: str = "unknown"
 
     def __enter__(self) -> "PeakMemory":
-        """Reset the high-water mark where that is possible."""
+        """Give back what is no longer used, and reset the high-water mark where possible."""
+        release_unused()
         try:
             CLEAR_REFS.write_text("5")
             self.scope = "stage"
@@ -62,6 +65,15 @@ def _process_peak_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return peak * bytes_per_unit / (KIB_PER_MIB * 1024)
+
+
+def release_unused() -> None:
+    """Collect garbage, trainers being full of cycles, and give freed memory back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -64,7 +64,7 @@ from lit_align.pipelines.settings import (
 from lit_align.pipelines.stage import Stage, run_stages
 from lit_align.pipelines.summary import summarise
 from lit_align.pipelines.token_rewards import weighted_rows
-from lit_align.pipelines.training import as_config, data_settings, module_settings, release, train
+from lit_align.pipelines.training import as_config, data_settings, module_settings, train
 
 MODEL_FOLDER = "model"
 DELTA_FILE = "delta.safetensors"
@@ -164,7 +164,6 @@ class Allo:
 
     def _save_model(self, module: Any, folder: Path) -> None:
         save_language_model(module.model, module.tokenizer, folder / MODEL_FOLDER)
-        release(module)
 
     def _sample(self, folder: Path) -> None:
         model, tokenizer = load_language_model(self.start)
@@ -239,7 +238,6 @@ class Allo:
         settings = dataclasses.replace(self.warm_up, max_steps=0)
         data = self._pair_data(settings, folder)
         train(module, data, settings, self.run, folder, [callback])
-        release(module)
 
     def _mask(self, name: str) -> Path:
         return self.output / "locate" / f"{name}.safetensors"
@@ -350,7 +348,6 @@ class Allo:
         )
         self._train_masked(module, data, self.forget, folder, "n1")
         export_delta(module.model, folder / DELTA_FILE)
-        release(module)
 
     def _improve(self, folder: Path) -> None:
         """DPO with the noisy-token filter; only N2 moves. Exports N1 ∪ N2 against the start."""
@@ -369,7 +366,6 @@ class Allo:
             moved = moved | ParameterMask.load(self._mask("n1"))
         moved.save(folder / MASK_FILE)
         export_delta(module.model, folder / DELTA_FILE, moved)
-        release(module)
 
     def _train_masked(self, module: Any, data: Any, settings: Any, folder: Path, mask: str) -> None:
         callback = KeyParameterLocalization(mask=str(self._mask(mask)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,14 +62,6 @@ def train(
         num_sanity_val_steps=0,
     )
     trainer.fit(module, datamodule=data)
-
-
-def release(*modules: lightning.LightningModule) -> None:
-    """Let go of models, so that the next stage's memory is its own."""
-    for module in modules:
-        module.language_model = None  # type: ignore[assignment]
-        module.trainer = None
-    gc.collect()
 
 
 def as_config(*settings: Any) -> dict[str, Any]:
