@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from lit_align_kernels.swap_selected import gather_entries, scatter_entries_, swap_selected_
+from tests.kernels.cases import KINDS, KINDS_3D, elements, entries_of, flat_order
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [(kind, (11, 7)) for kind in KINDS] + [(kind, (3, 5, 7)) for kind in KINDS_3D]
+
+
+def bits(tensor):
+    """The bytes of a tensor, so that NaN equals NaN and −0 differs from 0."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def weight_of(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight.view(-1)[:4] = torch.tensor([torch.nan, -0.0, torch.inf, -torch.inf], dtype=dtype)
+    return weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_gather_reads_in_storage_order(kind, shape, dtype):
+    weight, entries = weight_of(shape, dtype), entries_of(kind, shape)
+    found = gather_entries(weight, entries)
+    assert found.dtype == dtype
+    assert torch.equal(bits(found), bits(weight.reshape(-1)[flat_order(entries)]))
+    found.zero_()  # a copy: the weight stays
+    assert torch.equal(bits(weight), bits(weight_of(shape, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_scatter_writes_the_entries_and_nothing_else(kind, shape, dtype):
+    weight, entries = weight_of(shape, dtype), entries_of(kind, shape)
+    values = torch.randn(entries.numel)  # fp32 masters, cast on the way
+    expected = weight.clone()
+    expected.view(-1)[flat_order(entries)] = values.to(dtype)
+    scatter_entries_(weight, entries, values)
+    assert torch.equal(bits(weight), bits(expected))
+    assert torch.equal(bits(gather_entries(weight, entries)), bits(values.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_swap_exchanges_and_swapping_twice_changes_no_bit(kind, shape, dtype):
+    weight, entries = weight_of(shape, dtype), entries_of(kind, shape)
+    values = torch.randn(entries.numel).to(dtype)
+    before, kept = weight.clone(), values.clone()
+    swap_selected_(weight, entries, values)
+    assert torch.equal(bits(values), bits(gather_entries(before, entries)))
+    expected = before.clone()
+    expected.view(-1)[flat_order(entries)] = kept
+    assert torch.equal(bits(weight), bits(expected))
+    swap_selected_(weight, entries, values)
+    assert torch.equal(bits(weight), bits(before))
+    assert torch.equal(bits(values), bits(kept))
+
+
+@pytest.mark.parametrize("kind", ["all", "elements", "elements, one"])
+def test_vectors(kind):
+    weight, entries = torch.arange(9.0), entries_of(kind, (9,))
+    values = -torch.ones(entries.numel)
+    swap_selected_(weight, entries, values)
+    assert torch.equal(values, torch.arange(9.0)[flat_order(entries)])
+    assert (weight[flat_order(entries)] == -1).all()
+
+
+def test_a_weight_that_requires_grad_is_written_without_a_graph():
+    weight = torch.zeros(4, 3, requires_grad=True)
+    scatter_entries_(weight, entries_of("rows", (4, 3)), torch.ones(3, requires_grad=True))
+    assert weight.grad_fn is None
+    assert weight.sum() == 3
+
+
+def test_gather_follows_autograd():
+    weight = torch.randn(4, 3, requires_grad=True)
+    gather_entries(weight, elements((4, 3), torch.tensor([1, 5]))).sum().backward()
+    assert weight.grad.view(-1).nonzero().flatten().tolist() == [1, 5]
+
+
+def test_values_or_weights_that_do_not_fit_are_an_error():
+    weight, entries = torch.zeros(4, 3), elements((4, 3), torch.tensor([1, 5]))
+    for values in (torch.zeros(3), torch.zeros(1, 2), torch.zeros(2, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="values must be"):
+            swap_selected_(weight, entries, values)
+    with pytest.raises(ValueError, match="entries of a weight of"):
+        swap_selected_(torch.zeros(3, 4), entries, torch.zeros(2))
