@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,5 +81,8 @@ class PackedBatch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        tensors = vars(self).items()
-        return PackedBatch(**{name: None if t is None else function(t) for name, t in tensors})
+        moved: dict[str, Any] = {
+            name: None if tensor is None else function(tensor)
+            for name, tensor in vars(self).items()
+        }
+        return PackedBatch(**moved)

@@ -108,9 +108,8 @@ class LanguageModelModule(lightning.LightningModule):
         self.language_model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.mask: ParameterMask | None = None
-        self.logs = nn.ModuleDict(
-            {f"{split}_log": MetricLog(self.reported_names) for split in ("train", "val", "test")}
-        )
+        # Not submodules: bf16-true would cast their sums.
+        self.logs = {s: MetricLog(self.reported_names) for s in ("train", "val", "test")}
         self._units = torch.zeros(())
         self._throughput = Throughput()
         self._logged_step = 0
@@ -324,9 +323,7 @@ class LanguageModelModule(lightning.LightningModule):
     # ---- logging -----------------------------------------------------------------------------
 
     def _log_of(self, split: str) -> MetricLog:
-        log = self.logs[f"{split}_log"]
-        assert isinstance(log, MetricLog)
-        return log
+        return self.logs[split].to(self.device)
 
     def _logs_next_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -45,7 +45,7 @@ def head_settings(model: PreTrainedModel) -> dict[str, float | None]:
 
 def scaled_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """What the model makes of its head's product (..., V): scaled, then capped."""
-    settings = head_settings(model)
+    settings: Any = head_settings(model)
     logits = logits * settings["logit_scale"]
     cap = settings["soft_cap"]
     return logits if cap is None else cap * torch.tanh(logits / cap)
