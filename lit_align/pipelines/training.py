@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_align.pipelines.settings import RunSettings, TrainSettings
 
+CHATTER = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Trainer.fit` stopped")
 MODULE_FIELDS = ("learning_rate", "weight_decay", "warmup_ratio", "lr_scheduler")
 
 
@@ -44,6 +47,7 @@ def train(
 
     A stage is done again from its beginning when it is killed, so it writes no checkpoint.
     """
+    _leave_out_chatter()
     lightning.seed_everything(run.seed, verbose=False)
     trainer = lightning.Trainer(
         default_root_dir=folder,
@@ -60,8 +64,21 @@ def train(
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0,
     )
     trainer.fit(module, datamodule=data)
+
+
+def _leave_out_chatter() -> None:
+    """A pipeline trains many times: what Lightning says of the machine each time is left out."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_news not in log.filters:
+        log.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's pytree, in Lightning's code
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CHATTER)
 
 
 def as_config(*settings: Any) -> dict[str, Any]:
