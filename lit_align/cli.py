@@ -81,8 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(arguments)
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
-    except LitAlignError as error:
-        print(f"lit-align: {error}", file=sys.stderr)
+    except (LitAlignError, ValueError) as error:
+        # jsonargparse wraps what the constructors of a config's classes raise.
+        cause = error if isinstance(error, LitAlignError) else error.__cause__
+        if not isinstance(cause, LitAlignError):
+            raise
+        print(f"lit-align: {cause}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -244,6 +244,7 @@ def _fast_class(module: nn.Module) -> type[CompactModule] | None:
         return CompactConv1D
     if forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        plain = plain and compact_state(module)["weight"].entries.axis == 0
         return CompactEmbedding if plain else None
     return None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -31,11 +32,36 @@ class TokenizedRows(Dataset[list[TokenizedRow]]):
         ]
 
 
+class ResumableDataLoader(DataLoader[PackedBatch]):
+    """A DataLoader whose place within the epoch is part of a checkpoint: Lightning asks for it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_yielded = 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
+        # Begins at the first `next`, when Lightning has told the sampler its epoch.
+        for batch in super().__iter__():
+            self._num_yielded += 1
+            yield batch
+        self._num_yielded = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch have been handed out."""
+        return {"num_batches": self._num_yielded % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after those batches."""
+        self._num_yielded = state["num_batches"]
+        assert isinstance(self.sampler, BatchSampler)
+        self.sampler.skip_batches(self._num_yielded)
+
+
 def make_dataloader(
     rows: Sequence[TokenizedRow], sampler: BatchSampler, pad_id: int, num_workers: int = 0
 ) -> DataLoader[PackedBatch]:
     """Batches of `rows` as the sampler makes them up."""
-    return DataLoader(
+    return ResumableDataLoader(
         TokenizedRows(rows),  # type: ignore[arg-type]
         batch_size=None,  # the sampler yields whole batches
         sampler=sampler,  # type: ignore[arg-type]

@@ -52,15 +52,21 @@ class BatchSampler(DistributedSampler):
         self.rank = rank
         self.seed = seed
         self.epoch = 0
+        self._skip = 0
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
         return -(-len(self.lengths) // (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
-        for global_batch in self.global_batches():
+        skip, self._skip = self._skip, 0
+        for global_batch in self.global_batches()[skip:]:
             mine = global_batch[self.rank :: self.num_replicas]
             yield mine.tolist() if len(mine) else [~int(global_batch[0])]
+
+    def skip_batches(self, count: int) -> None:
+        """Leave the first batches out of the next epoch: a resumed run has seen them."""
+        self._skip = count
 
     def global_batches(self) -> list[np.ndarray]:
         """This epoch's batches of row indices, over all ranks."""

@@ -46,7 +46,13 @@ class TokenFilter:
         return max(1, int(self.keep_fraction * valid))
 
     @torch.no_grad()
-    def weights(self, rewards: Tensor, sequence_index: Tensor, is_rejected: Tensor) -> Tensor:
+    def weights(
+        self,
+        rewards: Tensor,
+        sequence_index: Tensor,
+        is_rejected: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """Q of every token: 1 counts, 0 is left out.
 
         A token is kept where its Δ is at most the k-th lowest of its response, so ties are kept: at
@@ -56,6 +62,7 @@ class TokenFilter:
             rewards: (N,) Δ of every target.
             sequence_index: (N,) int64 in [0, S).
             is_rejected: (S,) bool.
+            valid: (N,) bool, tokens that take part; None for all. Another token's q is 1.
 
         Returns:
             (N,) fp32 of 0 and 1. Example: Δ (0.1, 0.9, 0.5, 0.2) with drop_fraction 0.25 →
@@ -65,7 +72,8 @@ class TokenFilter:
         for sequence, rejected in enumerate(is_rejected.tolist()):
             if self.side != "both" and (self.side == "rejected") != rejected:
                 continue
-            at = (sequence_index == sequence).nonzero()[:, 0]
+            takes_part = sequence_index == sequence
+            at = (takes_part if valid is None else takes_part & valid).nonzero()[:, 0]
             if at.numel():
                 threshold = rewards[at].kthvalue(self._kept(at.numel())).values
                 keep[at] = (rewards[at] <= threshold).float()

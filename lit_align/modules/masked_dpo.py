@@ -96,7 +96,7 @@ class MaskedDPO(LanguageModelModule):
             return batch.token_weights
         is_rejected = batch.sequence_roles == 1
         return batch.token_weights * self.token_filter.weights(
-            rewards, batch.sequence_index, is_rejected
+            rewards, batch.sequence_index, is_rejected, batch.token_weights != 0
         )
 
     def _by_sequence(self, batch: PackedBatch, logps: Tensor, weights: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Tables of results: one type, printed in the terminal here and as HTML by the report."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ABSENT = "–"
 MAX_TEXT_WIDTH = 48
+NOTE_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def format_table(table: Table) -> str:
 
     rule = "  ".join("-" * width for width in widths)
     lines = [table.title, line(table.columns), rule, *map(line, body)]
-    return "\n".join([*lines, table.note] if table.note else lines)
+    return "\n".join([*lines, *textwrap.wrap(table.note, NOTE_WIDTH)])
 
 
 def _one_line(cell: object) -> str:

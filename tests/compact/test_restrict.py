@@ -319,3 +319,23 @@ def test_compile_gives_equal_gradients(kind):
         )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_columns_of_an_embedding_train():
+    model = tiny_model("llama", tied=False)
+    scores = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    scores["model.embed_tokens.weight"][:, [3, 7]] = 1.0
+    mask = select(scores, 1 / 32, "per_parameter", granularity="row",
+                  row_axes={"model.embed_tokens.weight": 1})  # fmt: skip
+    keep = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
+    keep["model.embed_tokens.weight"] = mask.dense("model.embed_tokens.weight")
+    assert mask.selections["model.embed_tokens.weight"].axis == 1
+    dense = tiny_model("llama", tied=False)
+    loss_of(dense, 0).backward()
+    restrict(model, mask)
+    loss_of(model, 0).backward()
+    module = model.model.embed_tokens
+    got = torch.zeros(32, 384)
+    got[module._compact_parameters["weight"].entries.rows] = module.selected.grad.view(-1, 384)
+    expected = dense.model.embed_tokens.weight.grad.t() * keep["model.embed_tokens.weight"].t()
+    torch.testing.assert_close(got, expected)

@@ -123,3 +123,13 @@ def test_the_filtered_loss_and_its_gradient():
 def test_bad_settings_are_an_error(settings):
     with pytest.raises(ValueError, match=r"drop_fraction and keep_fraction|choose chosen"):
         TokenFilter(**settings)
+
+
+def test_tokens_that_do_not_take_part_neither_count_nor_drop():
+    rewards = torch.tensor([9.0, 0.1, 0.9, 0.5, 0.2])
+    valid = torch.tensor([False, True, True, True, True])
+    token_filter = TokenFilter("both", drop_fraction=0.25)
+    kept = token_filter.weights(
+        rewards, torch.zeros(5, dtype=torch.int64), torch.tensor([False]), valid
+    )
+    assert kept.tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
