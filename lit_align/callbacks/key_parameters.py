@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +27,7 @@ from lit_align.localizers import (
 from lit_align.masks import ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
 
+INPUTS = "inputs_sha256"  # key in a mask's metadata
 Method = Literal["weight_change", "gradient", "random", "magnitude"]
 
 
@@ -36,8 +40,8 @@ class KeyParameterLocalization(lightning.Callback):
     - `method: random | magnitude`: from the weights alone, before training; likewise.
     - `method: weight_change`: after a full fit, |θ′ − θ| gives the mask; nothing is restricted.
 
-    A computed mask is written to `output`; where that file exists already and the run resumes from
-    a checkpoint, it is loaded instead of computed again.
+    A computed mask is written to `output`; a file that stands there already and was computed from
+    the same model, rows and settings is read instead: so a resumed run goes on with its own mask.
     """
 
     def __init__(
@@ -94,15 +98,46 @@ class KeyParameterLocalization(lightning.Callback):
             return ParameterMask.load(self.mask)
         if self.method == "weight_change":
             return None
-        path = self._output(trainer)
-        if path.exists() and trainer.ckpt_path:
-            rank_zero_info(f"the run resumes: its mask is read from {path}")
-            return ParameterMask.load(path)
+        inputs = self._inputs(trainer, module)
+        if (known := self._known_mask(trainer, inputs)) is not None:
+            return known
         model: Any = module.language_model
         if self.method == "gradient":
             _accumulate_gradients(trainer, module, self.num_batches)
-        mask = self._select_and_save(self._scores(model), trainer, model)
+        mask = self._select_and_save(self._scores(model), trainer, model, inputs)
         model.zero_grad(set_to_none=True)
+        return mask
+
+    def _inputs(self, trainer: Any, module: lightning.LightningModule) -> str:
+        """Digest of all that a mask computed before training depends on."""
+        described: dict[str, Any] = self.selection | {
+            "method": self.method,
+            "also": self.also,
+            "seed": self.seed,
+            "base_fingerprint": getattr(module.language_model, "base_fingerprint", None),
+            "precision": str(trainer.precision),
+            "module": [type(module).__name__, dict(module.hparams)],
+        }
+        if self.method == "gradient" and trainer.datamodule is not None:
+            data = trainer.datamodule
+            described["batches"] = [
+                self.num_batches,
+                data.batch_size,
+                trainer.world_size,
+                data.seed,
+            ]
+            described["rows"] = data.reference_key("train")
+        text = json.dumps(described, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _known_mask(self, trainer: lightning.Trainer, inputs: str) -> ParameterMask | None:
+        path = self._output(trainer)
+        if not all(p.exists() for p in (path, *map(Path, self.also))):
+            return None
+        mask = ParameterMask.load(path)
+        if mask.metadata.extra.get(INPUTS) != inputs:
+            return None
+        rank_zero_info(f"{mask}: read from {path}, computed from the same inputs")
         return mask
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -111,7 +146,7 @@ class KeyParameterLocalization(lightning.Callback):
             return
         model: Any = module.language_model
         scores = weight_change_scores(model.base_dir, fp32_parameters(model))
-        self._select_and_save(scores, trainer, model)
+        self._select_and_save(scores, trainer, model, inputs=None)
 
     def _scores(self, model: nn.Module) -> Any:
         if self.method == "gradient":
@@ -121,7 +156,7 @@ class KeyParameterLocalization(lightning.Callback):
         return magnitude_scores(model)
 
     def _select_and_save(
-        self, scores: Any, trainer: lightning.Trainer, model: nn.Module
+        self, scores: Any, trainer: lightning.Trainer, model: nn.Module, inputs: str | None
     ) -> ParameterMask:
         """The mask of the asked ratio; it and the further ones are written."""
         settings: dict[str, Any] = self.selection | {
@@ -130,10 +165,12 @@ class KeyParameterLocalization(lightning.Callback):
             "base_fingerprint": getattr(model, "base_fingerprint", None),
         }
         mask = self._checked(select(scores, **settings), trainer)
-        self._save(mask, self._output(trainer), trainer)
+        extra = mask.metadata.extra | {INPUTS: inputs}
+        mask = ParameterMask(mask.selections, dataclasses.replace(mask.metadata, extra=extra))
         for path, ratio in self.also.items():
             further = self._checked(select(scores, **settings | {"ratio": ratio}), trainer)
             self._save(further, Path(path), trainer)
+        self._save(mask, self._output(trainer), trainer)
         return mask
 
     def _checked(self, mask: ParameterMask, trainer: lightning.Trainer) -> ParameterMask:

@@ -59,7 +59,7 @@ class ResumableDataLoader(DataLoader[PackedBatch]):
 
 def make_dataloader(
     rows: Sequence[TokenizedRow], sampler: BatchSampler, pad_id: int, num_workers: int = 0
-) -> DataLoader[PackedBatch]:
+) -> ResumableDataLoader:
     """Batches of `rows` as the sampler makes them up."""
     return ResumableDataLoader(
         TokenizedRows(rows),  # type: ignore[arg-type]

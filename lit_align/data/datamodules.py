@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.batch import PackedBatch
 from lit_align.data.bad_rows import BadRows
-from lit_align.data.dataloader import make_dataloader
+from lit_align.data.dataloader import ResumableDataLoader, make_dataloader
 from lit_align.data.loading import RowLoader, describe, fingerprint, split_off, with_reference_logps
 from lit_align.data.sampler import BatchSampler
 from lit_align.data.schema import PreferenceRow, Row, SFTRow, TokenizedRow, UnlearningRow
@@ -122,6 +122,7 @@ class TextDataModule(lightning.LightningDataModule):
         self.bad_rows = BadRows()
         self._typed_rows: Mapping[Split, Sequence[Row]] = {}
         self._rows: dict[Split, list[TokenizedRow]] = {}
+        self._resume_from: dict[str, int] | None = None
 
     @classmethod
     def from_rows(
@@ -227,8 +228,25 @@ class TextDataModule(lightning.LightningDataModule):
             raise DataError(f"reference log-probs do not fit the {split} rows") from error
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Shuffled anew each epoch."""
-        return self.dataloader("train", self.batch_size, shuffle=True)
+        """Shuffled anew each epoch; of a resumed epoch, the batches that are left."""
+        loader = self.dataloader("train", self.batch_size, shuffle=True)
+        if self._resume_from is not None:
+            loader.load_state_dict(self._resume_from)
+            self._resume_from = None
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place within the epoch, for Lightning's checkpoint.
+
+        (The trainer restores a loader's own state too late where something asked it for the number
+        of steps before.)
+        """
+        loader = self.trainer.train_dataloader if self.trainer is not None else None
+        return loader.state_dict() if isinstance(loader, ResumableDataLoader) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next train loader go on from there."""
+        self._resume_from = state_dict
 
     def val_dataloader(self) -> DataLoader[PackedBatch] | list[Any]:
         """Longest rows first; no loader where there are no validation rows."""
@@ -251,7 +269,7 @@ class TextDataModule(lightning.LightningDataModule):
         *,
         shuffle: bool = False,
         group_by_length: bool | None = None,
-    ) -> DataLoader[PackedBatch]:
+    ) -> ResumableDataLoader:
         """Batches of a split for this rank; see `BatchSampler` for how they are made up."""
         rows = self.rows(split)
         strategy = getattr(self.trainer, "strategy", None)

@@ -404,9 +404,9 @@ class LanguageModelModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the base and the mask that the trainable entries belong to."""
-        checkpoint[CHECKPOINT_KEY] = self._identity() | {
-            "seen_tokens": self._throughput.seen_tokens
-        }
+        done = self._throughput
+        seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
+        checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base or mask.
@@ -422,6 +422,7 @@ class LanguageModelModule(lightning.LightningModule):
                     "to another run"
                 )
         self._throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
+        self._logged_step = int(checkpoint["global_step"])
 
     def _identity(self) -> dict[str, str | None]:
         return {

@@ -71,10 +71,14 @@ class Throughput:
         """Count a batch's real tokens."""
         self._tokens += tokens
 
+    def tokens_since_log(self, device: torch.device) -> int:
+        """Tokens that `seen_tokens` does not hold yet, over all ranks."""
+        return _sum_over_ranks(self._tokens, device)
+
     def compute_and_reset(self, device: torch.device) -> dict[str, float]:
         """The values to log; stops the clock, so that what comes between logs is not counted."""
         seconds = time.perf_counter() - (self._start or time.perf_counter())
-        tokens = _sum_over_ranks(self._tokens, device)
+        tokens = self.tokens_since_log(device)
         self.seen_tokens += tokens
         self._start, self._tokens = None, 0
         return {
