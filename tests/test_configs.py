@@ -1,5 +1,6 @@
 """Every file of configs/ runs: on a tiny model, with what is small about it said here."""
 
+import gc
 import json
 import re
 import sys
@@ -31,12 +32,12 @@ ALLO: dict[str, list[str]] = {
     "allo_tiny.yaml": [],
     "demo.yaml": [],
 }
-SMALL = """
-    --data.train_rows 5 --data.held_out_rows 2 --run.accelerator cpu
-    --sft.max_steps 1 --sample.num_samples 3 --sample.max_new_tokens 8
-    --warm_up.max_steps 1 --token_rewards.max_steps 1 --forget.max_steps 1 --improve.max_steps 1
-    --warm_up.learning_rate 1e-3 --evaluate.max_new_tokens 8
-""".split()
+SMALL = {
+    "data.train_rows": 5, "data.held_out_rows": 2, "run.accelerator": "cpu",
+    "sft.max_steps": 1, "sample.num_samples": 3, "sample.max_new_tokens": 8,
+    "warm_up.max_steps": 1, "token_rewards.max_steps": 1, "forget.max_steps": 1,
+    "improve.max_steps": 1, "warm_up.learning_rate": 1e-3, "evaluate.max_new_tokens": 8,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     """A folder that has the configs, and takes what the runs write."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     torch.set_num_threads(1)
+    gc.freeze()  # a pipeline collects garbage before every stage: let it skip what pytest holds
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-align"])  # LightningCLI warns of pytest's words
     return tmp_path
@@ -55,10 +57,9 @@ def test_every_config_is_run_here():
 
 @pytest.mark.parametrize("name", FIT)
 def test_fit(name, workplace, tiny_llama_dir):
-    main(
-        ["fit", "--config", f"configs/{name}", "--model.init_args.model", str(tiny_llama_dir)]
-        + ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", *FIT[name]]
-    )
+    options = ["--model.init_args.model", str(tiny_llama_dir), "--trainer.accelerator", "cpu"]
+    options += ["--trainer.fast_dev_run", "true", *FIT[name]]
+    main(["fit", "--config", f"configs/{name}", *options])
     written = [path.name for path in workplace.rglob("mask.safetensors")]
     text = (CONFIGS / name).read_text("utf-8")
     assert bool(written) == bool(re.search("^    - class_path: .*KeyParameter", text, re.M))
@@ -66,8 +67,9 @@ def test_fit(name, workplace, tiny_llama_dir):
 
 @pytest.mark.parametrize("name", ALLO)
 def test_allo(name, workplace, tiny_llama_dir):
-    model = ["--model", str(tiny_llama_dir), "--output", "run"]
-    main(["allo", "--config", f"configs/{name}", *model, *SMALL, *ALLO[name]])
+    options = [f"--{setting}={value}" for setting, value in SMALL.items()] + ALLO[name]
+    options += ["--model", str(tiny_llama_dir), "--output", "run"]
+    main(["allo", "--config", f"configs/{name}", *options])
     assert set(json.loads(Path("run/results.json").read_text("utf-8"))) >= {"base", "dpo", "allo"}
 
 
