@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,6 +43,7 @@ class KeyParameterLocalization(lightning.Callback):
 
     A computed mask is written to `output`; a file that stands there already and was computed from
     the same model, rows and settings is read instead: so a resumed run goes on with its own mask.
+    Outside `fit` nothing is computed: the file is read, for the checkpoint that belongs to it.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class KeyParameterLocalization(lightning.Callback):
             return ParameterMask.load(self.mask)
         if self.method == "weight_change":
             return None
+        if trainer.state.fn != TrainerFn.FITTING:
+            return self._mask_of_the_fit(trainer)
         inputs = self._inputs(trainer, module)
         if (known := self._known_mask(trainer, inputs)) is not None:
             return known
@@ -107,6 +111,14 @@ class KeyParameterLocalization(lightning.Callback):
         mask = self._select_and_save(self._scores(model), trainer, model, inputs)
         model.zero_grad(set_to_none=True)
         return mask
+
+    def _mask_of_the_fit(self, trainer: lightning.Trainer) -> ParameterMask | None:
+        """What `fit` wrote, for its checkpoint; without a file nothing is restricted.
+
+        The module refuses a checkpoint that belongs to another mask.
+        """
+        path = self._output(trainer)
+        return ParameterMask.load(path) if path.exists() else None
 
     def _inputs(self, trainer: Any, module: lightning.LightningModule) -> str:
         """Digest of all that a mask computed before training depends on."""
