@@ -9,21 +9,27 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Graph:
     """One output of a compact module that still waits for its gradient."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+
 
 _waiting: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
 
-def track(output: Tensor) -> Tensor:
-    """Note that `output` waits for its gradient (nothing to do under torch.compile or no_grad)."""
-    if torch.compiler.is_compiling() or not output.requires_grad:
+def track(output: Tensor, module: nn.Module) -> Tensor:
+    """Note that `output` of `module` waits for its gradient.
+
+    (Not under torch.compile, whose graphs take no hooks, and not under no_grad.)
+    """
+    if torch.compiler.is_compiling() or not output.requires_grad or _inside_backward():
         return output
-    graph = _Graph()
+    graph = _Graph(module)
     _waiting.add(graph)
 
     def finish(_: Tensor, held: list[_Graph] = [graph]) -> None:  # noqa: B006 - the hook owns it
@@ -33,6 +39,12 @@ def track(output: Tensor) -> Tensor:
     return output
 
 
-def unfinished() -> int:
-    """How many outputs of compact modules still wait for their gradient."""
-    return len(_waiting)
+def _inside_backward() -> bool:
+    """Whether this is activation checkpointing's second forward: no gradient arrives there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def unfinished(model: nn.Module) -> int:
+    """How many outputs of a model's compact modules still wait for their gradient."""
+    modules = set(model.modules())
+    return sum(graph.module() in modules for graph in _waiting)

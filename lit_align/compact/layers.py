@@ -196,7 +196,7 @@ class CompactLinear(CompactModule):
             state.entries,
             self._is_transposed,
         )
-        return graphs.track(y)
+        return graphs.track(y, self)
 
 
 class CompactConv1D(CompactLinear):
@@ -217,7 +217,7 @@ class CompactEmbedding(CompactModule):
         y = _Embedding.apply(
             input_ids, weight, self.padding_idx, self._parameters[state.trainable], state.entries
         )
-        return graphs.track(y)
+        return graphs.track(y, self)
 
 
 def _passes_through(parameter: str) -> property:
@@ -227,7 +227,8 @@ def _passes_through(parameter: str) -> property:
         weight, state = self._parameters[parameter], compact_state(self).get(parameter)
         if state is None or state.trainable is None or not torch.is_grad_enabled():
             return weight  # type: ignore[return-value]
-        return graphs.track(_Gather.apply(weight, self._parameters[state.trainable], state.entries))
+        y = _Gather.apply(weight, self._parameters[state.trainable], state.entries)
+        return graphs.track(y, self)
 
     def fset(self: nn.Module, value: Tensor) -> None:
         nn.Module.__setattr__(self, parameter, value)

@@ -37,7 +37,7 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
             "reference_policy needs a model restricted with keep_base=True; a model that trains "
             "wholly has no base values to swap in: use precomputed reference log-probs"
         )
-    if waiting := graphs.unfinished():
+    if waiting := graphs.unfinished(model):
         raise TrainingError(
             f"reference_policy inside an unfinished graph: {waiting} outputs of compact modules "
             "wait for their backward; run the reference's forward first"

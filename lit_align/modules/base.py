@@ -123,10 +123,13 @@ class LanguageModelModule(lightning.LightningModule):
         raise NotImplementedError
 
     def localization_loss(self, batch: PackedBatch) -> Tensor:
-        """The loss at θ with the policy itself as reference: what gradient localisation follows."""
+        """The loss at θ with the policy itself as reference: what gradient localisation follows.
+
+        A sum over the batch's units, so that the scores do not depend on how rows are batched.
+        """
         logps = per_token_logps(self.model, batch)
         objective = self.objective(batch, logps, logps.detach() if self.uses_reference else None)
-        return objective.loss_sum / objective.units.clamp(min=1)
+        return objective.loss_sum
 
     @property
     def settings(self) -> Any:
@@ -232,14 +235,19 @@ class LanguageModelModule(lightning.LightningModule):
         else:
             logps, reported = per_token_logps(self.model, batch), {}
         objective = self.objective(batch, logps, reference)
+        self._take_note(objective, reported, batch)
+        # Lightning divides by the number of micro-batches and averages over ranks: both undone.
+        return objective.loss_sum * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    @torch.compiler.disable  # Dynamo cannot follow Lightning's `log`
+    def _take_note(self, objective: Objective, reported: Reported, batch: PackedBatch) -> None:
+        """Check the loss, count the window's units, report."""
         self._check_finite(objective.loss_sum, batch)
         self._units = self._units.to(objective.units.device) + objective.units.detach()
         self._log_of("train").update(objective.reported | reported)
         self._throughput.add(batch.num_tokens)
         mean = objective.loss_sum.detach() / objective.units.clamp(min=1)
         self.log("loss", mean, prog_bar=True, logger=False)
-        # Lightning divides by the number of micro-batches and averages over ranks: both undone.
-        return objective.loss_sum * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide by the units of the whole window on all ranks, before gradients are clipped."""
@@ -247,7 +255,7 @@ class LanguageModelModule(lightning.LightningModule):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(units)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_div_(grads, units.clamp(min=1).to(grads[0].device))
+        torch._foreach_div_(grads, units.where(units > 0, 1.0).to(grads[0].device))
         self._units = torch.zeros_like(units)
         norm = torch.nn.utils.get_total_norm(grads)
         if not norm.isfinite() and not str(self.trainer.precision).startswith("16"):

@@ -1,0 +1,25 @@
+"""Twenty steps of masked DPO on the tiny model, against the numbers of the day it was right."""
+
+import pytest
+
+from lit_align.callbacks import KeyParameterLocalization
+from lit_align.modules import MaskedDPO
+from tests.training_runs import MemoryLogger, preferences, random_mask, trainer
+
+GOLDEN_LOSSES: list[float] = []
+
+
+@pytest.mark.parametrize("reference", ["cache", "swap"])
+def test_twenty_steps(reference, tiny_llama_dir, tmp_path):
+    random_mask().save(tmp_path / "mask")
+    module = MaskedDPO(
+        str(tiny_llama_dir), beta=0.5, learning_rate=5e-3, weight_decay=0.01, eps=1e-6,
+        reference=reference,
+    )  # fmt: skip
+    log = MemoryLogger()
+    callbacks = [KeyParameterLocalization(mask=str(tmp_path / "mask"))]
+    trainer(
+        tmp_path, logger=log, log_every_n_steps=1, callbacks=callbacks, max_epochs=2,
+        gradient_clip_val=1.0,
+    ).fit(module, preferences(40, group_by_length=True))  # fmt: skip
+    assert log.values("loss") == pytest.approx(GOLDEN_LOSSES, rel=1e-3)

@@ -1,0 +1,158 @@
+"""What may and may not move in a run that is restricted to a mask."""
+
+import lightning
+import pytest
+import torch
+
+from lit_align.callbacks import KeyParameterLocalization
+from lit_align.compact import links
+from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
+from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.training_runs import (
+    assert_close_weights,
+    assert_equal_weights,
+    instructions,
+    preferences,
+    random_mask,
+    stored,
+    trainer,
+    unlearning,
+    weights,
+)
+
+PRECISIONS = ["32-true", "bf16-true", "bf16-mixed"]
+OBJECTIVES = {
+    "sft": (SupervisedFineTuning, instructions),
+    "dpo": (MaskedDPO, preferences),
+    "npo": (TokenWeightedNPO, unlearning),
+}
+
+
+def fit(module, data, tmp_path, *, mask=None, callbacks=(), model=None, **settings):
+    if mask is not None:
+        mask.save(tmp_path / "mask")
+        callbacks = [*callbacks, KeyParameterLocalization(mask=str(tmp_path / "mask"))]
+    run = trainer(tmp_path, callbacks=list(callbacks), **settings)
+    run.fit(module if model is None else model, data)
+    return weights(module)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_unselected_entries_stay_to_the_bit(
+    objective, precision, granularity, tiny_llama_dir, tmp_path
+):
+    kind, data = OBJECTIVES[objective]
+    mask = random_mask(0.1, granularity)
+    module = kind(str(tiny_llama_dir), learning_rate=1e-2, weight_decay=0.5)
+    after = fit(module, data(10), tmp_path, mask=mask, precision=precision, gradient_clip_val=1.0)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    moved = 0
+    for name, base in stored(tiny_llama_dir).items():
+        base = base.to(dtype)
+        assert after[name].dtype == dtype
+        unselected = ~mask.dense(name)
+        assert torch.equal(after[name][unselected], base[unselected]), name
+        moved += int((after[name] != base).sum())
+    assert moved > 0.9 * mask.count()
+    assert all(link.selected.dtype == torch.float32 for link in links(module.model))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_without_a_mask_everything_trains(precision, tiny_llama_dir, tmp_path):
+    module = SupervisedFineTuning(str(tiny_llama_dir), learning_rate=1e-2, weight_decay=0.1)
+    after = fit(module, instructions(10), tmp_path, precision=precision)
+    for name, base in stored(tiny_llama_dir).items():
+        assert (after[name] != base.to(after[name].dtype)).float().mean() > 0.8, name
+
+
+def test_bf16_true_keeps_what_bf16_alone_would_lose(tiny_llama_dir, tmp_path):
+    """At a low learning rate no step shows in bf16; the fp32 masters add them up."""
+    module = SupervisedFineTuning(str(tiny_llama_dir), learning_rate=1e-6, warmup_ratio=0.0)
+    after = fit(module, instructions(10), tmp_path, precision="bf16-true")
+    base = {n: t.bfloat16() for n, t in stored(tiny_llama_dir).items()}
+    total = sum(t.numel() for t in base.values())
+    masters = {link.state.name: link.selected.detach() for link in links(module.model)}
+    moved = sum(int((m != base[n].float().flatten()).sum()) for n, m in masters.items())
+    assert moved > 0.9 * total
+    assert sum(int((after[n] != t).sum()) for n, t in base.items()) < 0.1 * total
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_clipping_acts_on_the_selected_entries_alone(clip, tiny_llama_dir, tmp_path):
+    """With a huge eps one step of Adam is the (clipped) gradient itself."""
+    module = SupervisedFineTuning(
+        str(tiny_llama_dir), learning_rate=1e4, eps=1e4, warmup_ratio=0.0, lr_scheduler="constant"
+    )
+    mask = random_mask()
+    after = fit(module, instructions(4), tmp_path, mask=mask, gradient_clip_val=clip)
+    base = stored(tiny_llama_dir)
+    norm = torch.cat([(after[n] - t).flatten() for n, t in base.items()]).norm()
+    if clip is None:
+        assert norm > 0.05
+    else:
+        assert float(norm) == pytest.approx(clip, rel=2e-3)
+
+
+class CountForwards(lightning.Callback):
+    """How often the first block's MLP runs."""
+
+    count = 0
+
+    def on_fit_start(self, trainer, pl_module):
+        def add(*_):
+            self.count += 1
+
+        pl_module.model.model.layers[0].mlp.register_forward_pre_hook(add)
+
+
+@pytest.mark.parametrize("reference", ["cache", "swap"])
+def test_gradient_checkpointing_gives_the_same_weights(reference, tiny_llama_dir, tmp_path):
+    runs, counts = [], []
+    for checkpointing in (False, True):
+        module = MaskedDPO(
+            str(tiny_llama_dir), learning_rate=1e-2, reference=reference,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        counter = CountForwards()
+        settings = {"mask": random_mask(), "callbacks": [counter]}
+        runs.append(fit(module, preferences(8), tmp_path, **settings))
+        counts.append(counter.count)
+    assert_equal_weights(*runs)
+    assert counts[1] == counts[0] + 2  # two steps, each with one forward more
+
+
+def compiled(tiny_llama_dir, tmp_path, backend):
+    runs = []
+    for compile_it in (False, True):
+        module = MaskedDPO(str(tiny_llama_dir), learning_rate=1e-2, eps=1e-3)
+        model = torch.compile(module, backend=backend) if compile_it else None
+        runs.append(fit(module, preferences(8), tmp_path, mask=random_mask(), model=model))
+    assert_close_weights(*runs, atol=1e-5)
+
+
+def test_torch_compile(tiny_llama_dir, tmp_path):
+    compiled(tiny_llama_dir, tmp_path, "aot_eager")
+
+
+@pytest.mark.long
+def test_torch_compile_with_inductor(tiny_llama_dir, tmp_path):
+    compiled(tiny_llama_dir, tmp_path, "inductor")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_dropout_is_off(kind, tmp_path):
+    """Two runs are equal, and the reference of step 0 is the policy."""
+    model = tiny_model(kind)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.5)
+    model.save_pretrained(tmp_path / kind)
+    tiny_tokenizer().save_pretrained(tmp_path / kind)
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = MaskedDPO(str(tmp_path / kind), learning_rate=1e-2)
+        runs.append(fit(module, preferences(4), tmp_path, mask=random_mask(kind=kind)))
+    assert_equal_weights(*runs)
