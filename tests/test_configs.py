@@ -40,12 +40,20 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """A pipeline collects garbage before every stage: let it skip what pytest holds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """A folder that has the configs, and takes what the runs write."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     torch.set_num_threads(1)
-    gc.freeze()  # a pipeline collects garbage before every stage: let it skip what pytest holds
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-align"])  # LightningCLI warns of pytest's words
     return tmp_path
