@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(arguments)
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
-    except (LitAlignError, ValueError) as error:
+    except (LitAlignError, OSError, ValueError) as error:
         # jsonargparse wraps what the constructors of a config's classes raise.
-        cause = error if isinstance(error, LitAlignError) else error.__cause__
-        if not isinstance(cause, LitAlignError):
+        cause = error.__cause__ if isinstance(error, ValueError) else error
+        if not isinstance(cause, LitAlignError | OSError):
             raise
         print(f"lit-align: {cause}", file=sys.stderr)
         raise SystemExit(1) from error

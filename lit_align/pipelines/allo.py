@@ -95,6 +95,8 @@ class Allo:
         start = self._start_inputs()
         files = [Path(f) for f in (*self.data.train_files, *self.data.held_out_files)]
         common = as_config(self.run)
+        if files:
+            files.append(base)  # rows are checked with its tokenizer
         stages = [Stage("data", as_config(self.data), files, self._data)]
         if self.sft.enabled:
             stages.append(Stage("sft", as_config(self.sft) | common, [base, "data"], self._sft))
@@ -142,7 +144,7 @@ class Allo:
     # ---- stages ------------------------------------------------------------------------------
 
     def _data(self, folder: Path) -> None:
-        train_rows, held_out = load_rows(self.data)
+        train_rows, held_out = load_rows(self.data, load_tokenizer(self.model), folder)
         write_jsonl(folder / "train.jsonl", train_rows)
         write_jsonl(folder / "held_out.jsonl", held_out)
 

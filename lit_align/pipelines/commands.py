@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lit_align.compact import apply_delta, export_delta, load_trainable, restrict
-from lit_align.data.bad_rows import BadRows
+from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.data.files import read_rows
-from lit_align.errors import LocalizationError, TrainingError
+from lit_align.errors import DataError, LocalizationError, TrainingError
 from lit_align.evaluation import evaluate
 from lit_align.language_model import load_language_model, resolve_model, save_language_model
 from lit_align.localizers import magnitude_scores, random_scores, select_by_weight_change
 from lit_align.masks import ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Scope
 from lit_align.modules.base import CHECKPOINT_KEY, PREFIX
-from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.rows import Row, preference_columns, write_json
 
 
 def localize(
@@ -95,13 +96,12 @@ def evaluate_files(
     language_model, tokenizer = load_language_model(model)
     if delta is not None:
         apply_delta(language_model, delta)
-    bad_rows = BadRows()
-    rows = [columns for _, columns in read_rows(data, bad_rows)]
-    bad_rows.raise_if_any()
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit is {limit} rows: at least 1")
     metrics = evaluate(
         language_model,
         tokenizer,
-        rows,
+        _evaluation_rows(data, task),
         task,
         limit=limit,
         mode=mode,
@@ -113,6 +113,19 @@ def evaluate_files(
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(output), metrics)
     print(json.dumps({k: v for k, v in metrics.items() if k != "records"}))
+
+
+def _evaluation_rows(data: str, task: str) -> list[Row]:
+    """The rows of a file; preference pairs may have any format that training takes."""
+    bad_rows = BadRows()
+    rows = []
+    for number, columns in read_rows(data, bad_rows):
+        try:
+            rows.append(preference_columns(columns) if task == "preference" else columns)
+        except BadRowError as error:
+            bad_rows.add(data, number, error, columns)
+    bad_rows.raise_if_any()
+    return rows
 
 
 def export(
@@ -161,7 +174,7 @@ def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[An
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         identity, state = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
         settings = checkpoint["hyper_parameters"]
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{path}: not a checkpoint of lit-align: {error}") from error
     trained, tokenizer = load_language_model(model or settings["model"])
     if trained.base_fingerprint != identity["base_fingerprint"]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_align.data.bad_rows import BadRows
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.data import RowTokenizer
+from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.data.files import read_rows
 from lit_align.data.formats import FORMATS, parse_row
-from lit_align.data.schema import PreferenceRow
+from lit_align.data.schema import PreferenceRow, SFTRow, is_messages
+from lit_align.data.validate import check_row
 from lit_align.errors import DataError
 from lit_align.evaluation import (
     extract_choice,
@@ -21,7 +27,7 @@ from lit_align.evaluation import (
     target_response,
 )
 from lit_align.files import write_atomically
-from lit_align.pipelines.settings import DataSettings
+from lit_align.pipelines.settings import DataKind, DataSettings
 from lit_align.pipelines.word_problems import word_problems
 
 Row = dict[str, Any]
@@ -34,39 +40,63 @@ def as_response(prompt: Any, response: Any) -> Any:
     return response
 
 
-def load_rows(settings: DataSettings) -> tuple[list[Row], list[Row]]:
+def load_rows(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[list[Row], list[Row]]:
     """Train and held-out rows, each with `id`, `prompt` and `target` (the right response).
 
     Rows of questions keep what their answers are judged by; preference rows have `rejected`.
 
+    Args:
+        settings: which rows, and what becomes of bad ones.
+        tokenizer: of the model: its special tokens must not stand in a row as text.
+        folder: takes `rejected_rows.jsonl` where bad rows are skipped.
+
     Raises:
-        DataError: files are missing or hold rows of another kind; names file and row.
+        DataError: files are missing, or hold bad rows (all are named together) or none at all.
     """
     if settings.kind == "word_problems":
-        problems = word_problems(settings.train_rows, "train", settings.seed)
-        others = word_problems(settings.held_out_rows, "held_out", settings.seed)
-        return [_question(r) for r in problems], [_question(r) for r in others]
+        seed = settings.seed
+        train = [question_row(r) for r in word_problems(settings.train_rows, "train", seed)]
+        drawn = word_problems(settings.held_out_rows, "held_out", seed)
+        held_out = [question_row(r) for r in drawn]
+    else:
+        train, held_out = _rows_of_files(settings, tokenizer, folder)
+    for name, rows in (("train", train), ("held-out", held_out)):
+        if not rows:
+            raise DataError(f"there are no {name} rows: see the data settings")
+    if len({"choices" in row for row in [*train, *held_out]}) > 1:
+        raise DataError("some questions have choices and some have none: use two runs")
+    return train, held_out
+
+
+def _rows_of_files(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[list[Row], list[Row]]:
     if not settings.train_files:
         raise DataError(f"data.kind {settings.kind} needs data.train_files")
-    train, spare = _read_split(settings)
-    if settings.held_out_files:
-        spare = [_read(f, settings.kind) for f in settings.held_out_files]
+    reader = RowReader(settings.kind, RowTokenizer(tokenizer, max_length=sys.maxsize))
+    files = [reader.read(file) for file in settings.train_files]
+    held_out = [reader.read(file) for file in settings.held_out_files]
+    if settings.on_bad_row == "error":
+        reader.bad_rows.raise_if_any()
+    elif reader.bad_rows:
+        reader.bad_rows.write(folder)
+        print(f"{reader.bad_rows.report()}\nskipped; written beside the rows")
+    if not held_out:
+        files, held_out = _split(files, settings.held_out_every)
     return (
-        _take_evenly(train, settings.train_rows, settings.seed),
-        _take_evenly(spare, settings.held_out_rows, settings.seed),
+        _take_evenly(files, settings.train_rows, settings.seed),
+        _take_evenly(held_out, settings.held_out_rows, settings.seed),
     )
 
 
-def _read_split(settings: DataSettings) -> tuple[list[list[Row]], list[list[Row]]]:
-    """Rows by file: those to train on, and those held out where no file is named for them."""
-    files = [_read(f, settings.kind) for f in settings.train_files]
-    if settings.held_out_files:
-        return files, []
-    every = settings.held_out_every
+def _split(files: list[list[Row]], every: int) -> tuple[list[list[Row]], list[list[Row]]]:
+    """Rows by file: those to train on, and every so-and-so-many-th, which is held out."""
     if every < 2:
         raise DataError(f"data.held_out_every is {every}: at least 2")
-    held = [[row for i, row in enumerate(rows) if i % every == 0] for rows in files]
-    return [[row for i, row in enumerate(rows) if i % every] for rows in files], held
+    held_out = [rows[::every] for rows in files]
+    return [[row for i, row in enumerate(rows) if i % every] for rows in files], held_out
 
 
 def _take_evenly(files: Sequence[list[Row]], count: int, seed: int) -> list[Row]:
@@ -82,36 +112,84 @@ def _take_evenly(files: Sequence[list[Row]], count: int, seed: int) -> list[Row]
     return mixed[: count or None]
 
 
-def _read(file: str, kind: str) -> list[Row]:
-    bad_rows = BadRows()
-    make = _preference if kind == "preference" else _question
-    rows = []
-    for line, columns in read_rows(file, bad_rows):
-        try:
-            rows.append(
-                {"id": f"{Path(file).stem}-{line}", "source": Path(file).stem} | make(columns)
-            )
-        except DataError as error:
-            raise DataError(f"{file}, line {line}: {error}") from error
-    bad_rows.raise_if_any()
-    return rows
+@dataclasses.dataclass
+class RowReader:
+    """Reads files of one kind and collects their bad rows."""
+
+    kind: DataKind
+    tokenize: RowTokenizer
+    bad_rows: BadRows = dataclasses.field(default_factory=BadRows)
+
+    def read(self, file: str) -> list[Row]:
+        """The usable rows of a file."""
+        source = Path(file).stem
+        rows = []
+        for line, columns in read_rows(file, self.bad_rows):
+            try:
+                row = self._checked(columns)
+            except BadRowError as error:
+                self.bad_rows.add(file, line, error, columns)
+            else:
+                rows.append({"id": f"{source}-{line}", "source": source} | row)
+        return rows
+
+    def _checked(self, columns: Mapping[str, Any]) -> Row:
+        """The row, if training and sampling can use it."""
+        typed: PreferenceRow | SFTRow
+        if self.kind == "preference":
+            row = preference_columns(columns)
+            row["target"] = row.pop("chosen")
+            typed = PreferenceRow(row["prompt"], row["target"], row["rejected"])
+        else:
+            row = question_row(columns)
+            typed = SFTRow(row["prompt"], as_response(row["prompt"], row["target"]))
+        check_row(typed)
+        if not isinstance(typed.prompt, str) and not is_messages(typed.prompt):
+            raise BadRowError("token ids: a pipeline needs text")
+        for content in (row["prompt"], row["target"], row.get("rejected", "")):
+            if found := self.tokenize.encoder.special_tokens_in(content):
+                raise BadRowError("special token as text", found[0])
+        self.tokenize(typed)
+        return row
 
 
-def _question(columns: Mapping[str, Any]) -> Row:
-    return dict(columns) | {
-        "prompt": question_prompt(columns),
-        "target": target_response(columns),
-    }
+def question_row(columns: Mapping[str, Any]) -> Row:
+    """A question's columns with its `prompt` and `target`.
+
+    Raises:
+        BadRowError: it is no question, or has no answer that can be checked.
+    """
+    choices = columns.get("choices")
+    if "prompt" not in columns and not isinstance(columns.get("question"), str):
+        raise BadRowError("neither `prompt` nor `question`")
+    if choices is None and columns.get("final_answer") is None:
+        raise BadRowError("neither `choices` nor `final_answer`")
+    if choices is not None:
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise BadRowError("choices is not a list of texts")
+        if columns.get("answer_index") not in range(len(choices)):
+            raise BadRowError("answer_index is not one of the choices")
+    try:
+        prompt, target = question_prompt(columns), target_response(columns)
+    except DataError as error:
+        raise BadRowError("not a question", str(error)) from error
+    kept = {name: value for name, value in columns.items() if value is not None}
+    return kept | {"prompt": prompt, "target": target}
 
 
-def _preference(columns: Mapping[str, Any]) -> Row:
+def preference_columns(columns: Mapping[str, Any]) -> Row:
+    """A pair in any format as `prompt`, `chosen`, `rejected`.
+
+    Raises:
+        BadRowError: the columns fit no format of pairs.
+    """
     row = parse_row(dict(columns), FORMATS[PreferenceRow])
-    return {"prompt": row.prompt, "target": row.chosen, "rejected": row.rejected}
+    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 
 
 def is_right(row: Mapping[str, Any], response: str) -> bool:
     """Whether a response names the row's answer (a choice, or a number after the answer's mark)."""
-    if row.get("choices"):
+    if "choices" in row:
         return extract_choice(response, row["choices"]) == row["answer_index"]
     return extract_final_answer(response) == normalise_number(str(row["final_answer"]))
 

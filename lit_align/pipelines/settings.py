@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from lit_align.errors import MaskError
 from lit_align.losses import DPOLossType
 from lit_align.losses.token_filter import FilterSide
 from lit_align.masks.select import Granularity, Scope
@@ -26,6 +27,8 @@ class DataSettings:
         held_out_rows: likewise.
         held_out_every: see `held_out_files`.
         seed: of the generator, and of the order of the rows.
+        on_bad_row: stop before training, or skip bad rows and write them to
+            `data/rejected_rows.jsonl`.
     """
 
     kind: DataKind = "word_problems"
@@ -35,6 +38,7 @@ class DataSettings:
     held_out_rows: int = 100
     held_out_every: int = 4
     seed: int = 0
+    on_bad_row: Literal["error", "skip"] = "error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +148,16 @@ class LocateSettings:
     scope: Scope = "global"
     num_batches: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Find out before hours of training.
+
+        Raises:
+            MaskError: a ratio outside (0, 1].
+        """
+        for name in ("forget_ratio", "improve_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise MaskError(f"locate.{name} is {getattr(self, name)}, not in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
