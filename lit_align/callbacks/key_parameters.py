@@ -25,7 +25,7 @@ from lit_align.localizers import (
     random_scores,
     weight_change_scores,
 )
-from lit_align.masks import ParameterMask, conv1d_row_axes, select
+from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
 
 INPUTS = "inputs_sha256"  # key in a mask's metadata
@@ -64,7 +64,7 @@ class KeyParameterLocalization(lightning.Callback):
         Args:
             method: how parameters are scored.
             ratio: share of the units to select.
-            granularity: element, row or layer (head masks come from a file).
+            granularity: element, row, head or layer.
             scope: rank all units together, or inside each parameter.
             mask: file to load.
             output: file for a computed mask; default `mask.safetensors` in the run's folder.
@@ -171,9 +171,11 @@ class KeyParameterLocalization(lightning.Callback):
         self, scores: Any, trainer: lightning.Trainer, model: nn.Module, inputs: str | None
     ) -> ParameterMask:
         """The mask of the asked ratio; it and the further ones are written."""
+        by_head = self.selection["granularity"] == "head"
         settings: dict[str, Any] = self.selection | {
             "method": self.method,
             "row_axes": conv1d_row_axes(model),
+            "heads": HeadLayout.from_model(model) if by_head else None,
             "base_fingerprint": getattr(model, "base_fingerprint", None),
         }
         mask = self._checked(select(scores, **settings), trainer)

@@ -33,7 +33,7 @@ from lit_align.localizers import (
     weight_change_scores,
 )
 from lit_align.localizers.weight_change import check_cut
-from lit_align.masks import ParameterMask, conv1d_row_axes, select
+from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
 from lit_align.pipelines import sampling
 from lit_align.pipelines.corrections import Teacher, correct_predictions
@@ -203,14 +203,15 @@ class Allo:
             self._locate_by_gradient(folder)
             return
         model: Any = load_language_model(self.start)[0]
-        scores = self._scores(model)
+        scores, granularity = self._scores(model), self.locate.granularity
         for name, ratio in files.items():
             mask = select(
                 scores,
                 ratio,
                 self.locate.scope,
-                granularity=self.locate.granularity,
+                granularity=granularity,
                 row_axes=conv1d_row_axes(model),
+                heads=HeadLayout.from_model(model) if granularity == "head" else None,
                 base_fingerprint=model.base_fingerprint,
                 method=self.locate.method,
             )

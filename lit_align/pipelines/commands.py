@@ -16,8 +16,8 @@ from lit_align.errors import DataError, LocalizationError, TrainingError
 from lit_align.evaluation import evaluate
 from lit_align.language_model import load_language_model, resolve_model, save_language_model
 from lit_align.localizers import magnitude_scores, random_scores, select_by_weight_change
-from lit_align.masks import ParameterMask, conv1d_row_axes, select
-from lit_align.masks.select import Scope
+from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
+from lit_align.masks.select import Granularity, Scope
 from lit_align.modules.base import CHECKPOINT_KEY, PREFIX
 from lit_align.pipelines.rows import Row, preference_columns, write_json
 
@@ -28,7 +28,7 @@ def localize(
     method: Literal["weight_change", "random", "magnitude"] = "weight_change",
     trained: str | None = None,
     ratio: float = 0.1,
-    granularity: Literal["element", "row", "layer"] = "element",
+    granularity: Granularity = "element",
     scope: Scope = "global",
     seed: int = 0,
 ) -> None:
@@ -43,7 +43,7 @@ def localize(
         method: `weight_change` compares the base with `trained`.
         trained: local folder, hub id or alias of the model after training, in fp32.
         ratio: share of the units to select.
-        granularity: element, row or layer.
+        granularity: element, row, head or layer.
         scope: rank all units together, or inside each parameter.
         seed: for `random`.
     """
@@ -52,6 +52,7 @@ def localize(
         "scope": scope,
         "granularity": granularity,
         "row_axes": conv1d_row_axes(base),
+        "heads": HeadLayout.from_model(base) if granularity == "head" else None,
         "base_fingerprint": base.base_fingerprint,
     }
     if method == "weight_change":

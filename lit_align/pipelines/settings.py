@@ -91,7 +91,7 @@ class SampleSettings:
         num_samples: a question.
         temperature: > 0.
         top_p: nucleus.
-        max_new_tokens: of a response; in evaluation as well.
+        max_new_tokens: of a response.
         pairs_per_prompt: most pairs of correct × wrong responses of one question.
         wrong_per_prompt: most wrong responses of one question that are to be forgotten; 0: all.
         gold_as_chosen: where no sampled response is right, the row's own right response is the
@@ -135,7 +135,7 @@ class LocateSettings:
             `random` or `magnitude`.
         forget_ratio: share of N1.
         improve_ratio: share of N2.
-        granularity: element, row or layer.
+        granularity: element, row, head or layer.
         scope: rank globally or inside each parameter.
         num_batches: for `gradient`.
         seed: for `random`.

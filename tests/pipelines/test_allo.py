@@ -180,6 +180,13 @@ def test_other_ways_to_locate(method, copy, whole, tiny_llama_dir):
     assert exported(copy).jaccard(exported(whole[0])) < 0.9
 
 
+@pytest.mark.parametrize("method", ["weight_change", "gradient"])
+def test_heads_can_be_located(method, copy, tiny_llama_dir):
+    """One head of 8: its q rows, and the k and v rows of its group."""
+    tiny_allo(tiny_llama_dir, copy, locate={"granularity": "head", "method": method})
+    assert exported(copy).count() == 3 * 8 * 32
+
+
 @pytest.mark.parametrize(
     ("retain", "loss_type"), [("nll", "token"), ("kl", "token"), ("nll", "sequence")]
 )

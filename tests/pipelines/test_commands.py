@@ -1,0 +1,87 @@
+"""The smaller verbs as functions; the command line's own tests run them from fit to export."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_align.compact import export_delta
+from lit_align.errors import DataError, DeltaError, MaskError, TrainingError
+from lit_align.language_model import load_language_model
+from lit_align.masks import ParameterMask
+from lit_align.pipelines.commands import evaluate_files, export, localize
+from tests.tiny_models import save_tiny_model
+from tests.training_runs import random_mask
+
+
+@pytest.fixture
+def delta(tiny_llama_dir, tmp_path):
+    """A delta of the tiny Llama: every selected entry is one more."""
+    model, _ = load_language_model(tiny_llama_dir)
+    mask = random_mask(0.1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += mask.dense(name)
+    export_delta(model, tmp_path / "delta.safetensors", mask)
+    return str(tmp_path / "delta.safetensors"), model
+
+
+def test_merging_a_delta_gives_the_trained_model(delta, tiny_llama_dir, tmp_path):
+    path, model = delta
+    export(str(tmp_path / "merged"), model=str(tiny_llama_dir), delta=path)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[n], p) for n, p in model.named_parameters())
+
+
+def test_a_delta_of_another_model_is_refused(delta, tmp_path):
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises((DeltaError, MaskError), match=r"fingerprint|another"):
+        export(str(tmp_path / "merged"), model=str(other), delta=delta[0])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    damaged = tmp_path / "damaged.ckpt"
+    torch.save({"state_dict": {}}, damaged)
+    whole = damaged.read_bytes()
+    for content in (whole, whole[: len(whole) // 2], b""):
+        damaged.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"damaged\.ckpt: not a checkpoint of lit-align"):
+            export(str(tmp_path / "out"), checkpoint=str(damaged))
+
+
+def test_evaluation_names_bad_rows_and_limits(tiny_llama_dir, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{\n', "utf-8")
+    with pytest.raises(DataError, match="2 bad row"):
+        evaluate_files(str(tiny_llama_dir), str(path), "preference")
+    with pytest.raises(DataError, match="limit is -1"):
+        evaluate_files(str(tiny_llama_dir), str(path), "exact_answer", limit=-1)
+
+
+def test_a_delta_changes_what_is_evaluated(delta, tiny_llama_dir, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "cd"}), "utf-8")
+    for change in (None, delta[0]):
+        output = tmp_path / f"{change is None}.json"
+        evaluate_files(
+            str(tiny_llama_dir), str(path), "preference", delta=change, output=str(output)
+        )
+    records = [json.loads((tmp_path / f"{x}.json").read_text())["records"] for x in (True, False)]
+    assert records[0][0]["chosen_logps"] != records[1][0]["chosen_logps"]
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "head", "layer"])
+def test_localize_at_every_granularity(granularity, delta, tiny_llama_dir, tmp_path):
+    export(str(tmp_path / "trained"), model=str(tiny_llama_dir), delta=delta[0])
+    output = tmp_path / "mask.safetensors"
+    localize(
+        str(tiny_llama_dir),
+        str(output),
+        trained=str(tmp_path / "trained"),
+        ratio=0.1,
+        granularity=granularity,
+    )
+    mask = ParameterMask.load(output)
+    assert mask.metadata.granularity == granularity and mask.count()
