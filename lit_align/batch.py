@@ -69,8 +69,8 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real (not padding) tokens in the batch."""
-        return int(self.attention_mask.sum())
+        """Real tokens in the batch: no padding, and nothing of a filler, which stands alone."""
+        return int(self.attention_mask.sum()) if bool((self.row_ids >= 0).any()) else 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch on another device (Lightning's `move_data_to_device` calls this)."""

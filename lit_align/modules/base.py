@@ -164,11 +164,13 @@ class LanguageModelModule(lightning.LightningModule):
         self.mask = self._requested_mask()
         if self.uses_reference and h.reference == "cache":
             self._attach_reference_logps()
+        # Base values of a mask's entries are few; rows that come only after training need them.
+        keep_base = self.uses_reference and (self.mask is not None or h.reference == "swap")
         if self.mask is None and dtype != torch.float32:
             # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.
             self.mask = ParameterMask.full(named_shapes(self.model))
         if self.mask is not None:
-            restrict(self.model, self.mask, keep_base=h.reference == "swap")
+            restrict(self.model, self.mask, keep_base=keep_base)
         if h.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()

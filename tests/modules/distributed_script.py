@@ -1,6 +1,6 @@
-"""One rank of a run under DDP with gloo; `test_distributed` starts one or two of these.
+"""One rank of some runs under DDP with gloo; `test_distributed` starts two of these.
 
-Writes what the run ended in, and how many bytes this process wrote to files and sockets meanwhile.
+A run's folder gets what it ended in, and how many bytes this process wrote to sockets meanwhile.
 """
 
 import json
@@ -39,8 +39,9 @@ def written_bytes() -> int:
     return int(io[io.index("wchar:") + 1])
 
 
-def main(objective: str, model: str, mask: str, world_size: int, out: Path) -> None:
-    torch.set_num_threads(1)
+def run(objective: str, model: str, mask: str, out: str, world_size: int) -> None:
+    """Fit and predict; without a mask, one is made from gradient scores."""
+    folder = Path(out)
     kind, settings, data, rows = OBJECTIVES[objective]
     given = (
         KeyParameterLocalization(mask=mask)
@@ -48,8 +49,8 @@ def main(objective: str, model: str, mask: str, world_size: int, out: Path) -> N
         else KeyParameterLocalization("gradient", num_batches=3)
     )
     log = MemoryLogger()
-    run = trainer(
-        out, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=1,
+    trained = trainer(
+        folder, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=1,
         devices=world_size, strategy="ddp" if world_size > 1 else "auto", max_epochs=2,
         gradient_clip_val=1.0,
     )  # fmt: skip
@@ -57,19 +58,21 @@ def main(objective: str, model: str, mask: str, world_size: int, out: Path) -> N
     splits = {"validation": rows(5, seed=3), "predict": rows(5, seed=4)}
     rows_of = data(NUM_ROWS, batch_size=4 // world_size, splits=splits)
     before = written_bytes()
-    run.fit(module, rows_of)
+    trained.fit(module, rows_of)
     figures = {
-        "steps": run.global_step,
+        "steps": trained.global_step,
         "written_bytes": written_bytes() - before,
         "selected": module.mask.count(),
         "mask": module.mask.digest,
     }
-    if run.global_rank == 0:  # each later logged value is the same on every rank
+    if trained.global_rank == 0:  # each later logged value is the same on every rank
         figures |= {n: log.values(n) for n in ("loss", "grad_norm", "eval_loss", "num_tokens")}
-    save_file(weights(module), out / f"weights-{run.global_rank}.safetensors")
-    (out / f"figures-{run.global_rank}.json").write_text(json.dumps(figures))
-    run.predict(module, rows_of)
+    save_file(weights(module), folder / f"weights-{trained.global_rank}.safetensors")
+    (folder / f"figures-{trained.global_rank}.json").write_text(json.dumps(figures))
+    trained.predict(module, rows_of)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
+    torch.set_num_threads(1)
+    for each in json.loads(sys.argv[1]):
+        run(**each, world_size=2)

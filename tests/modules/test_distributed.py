@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.localizers import random_scores
 from lit_align.masks import named_shapes, select
+from tests.modules.distributed_script import OBJECTIVES, run
 from tests.tiny_models import tiny_tokenizer
 from tests.training_runs import assert_close_weights, assert_equal_weights, random_mask
 
@@ -27,26 +28,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(world_size: int, out: Path, objective: str, model: Path, mask: Path | str) -> None:
-    out.mkdir()
-    port = str(free_port())
-    command = [sys.executable, "-m", "tests.modules.distributed_script"]
-    command += [objective, str(model), str(mask), str(world_size), str(out)]
-    ranks = []
-    for rank in range(world_size):
-        place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_PORT": port}
-        place |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        ranks.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment if world_size > 1 else None,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
+def two_ranks(runs: list[dict[str, str]]) -> None:
+    """Run them all on two processes."""
+    for each in runs:
+        Path(each["out"]).mkdir(parents=True)
+    command = [sys.executable, "-m", "tests.modules.distributed_script", json.dumps(runs)]
+    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | place | {"LOCAL_RANK": str(rank)}, **streams
         )
+        for rank in range(2)
+    ]
     try:
         for rank in ranks:
             printed, _ = rank.communicate(timeout=200)
@@ -56,62 +50,73 @@ def run_ranks(world_size: int, out: Path, objective: str, model: Path, mask: Pat
             rank.kill()
 
 
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    """A folder with a model large enough that messages besides its weights do not count."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("larger")
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    select(random_scores(named_shapes(model), 0), 0.1).save(folder / "mask")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(tiny_llama_dir, larger, tmp_path_factory) -> Path:
+    """Folder of the runs on two processes; one start serves them all."""
+    folder = tmp_path_factory.mktemp("two")
+    random_mask(0.3).save(folder / "mask")
+    runs = [
+        {"objective": name, "model": str(tiny_llama_dir), "mask": str(folder / "mask")}
+        for name in OBJECTIVES
+    ]
+    # By gradient scores once, where the first batches go through both ranks.
+    runs[1] |= {"mask": ""}
+    runs.append({"objective": "dpo", "model": str(larger), "mask": str(larger / "mask")})
+    names = [*OBJECTIVES, "larger"]
+    two_ranks([each | {"out": str(folder / name)} for each, name in zip(runs, names, strict=True)])
+    return folder
+
+
 def figures(folder: Path, rank: int = 0) -> dict:
     return json.loads((folder / f"figures-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "swap", "npo"])
-def test_two_processes_equal_one(objective, tiny_llama_dir, tmp_path):
-    random_mask(0.3).save(tmp_path / "mask")
-    # The mask by gradient scores once, where the first batches go through both ranks.
-    mask = "" if objective == "dpo" else tmp_path / "mask"
-    for world_size in (1, 2):
-        run_ranks(world_size, tmp_path / str(world_size), objective, tiny_llama_dir, mask)
-    one, two = figures(tmp_path / "1"), figures(tmp_path / "2")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_equal_one(objective, on_two, tiny_llama_dir, tmp_path):
+    mask = "" if objective == "dpo" else str(on_two / "mask")
+    run(objective, str(tiny_llama_dir), mask, str(tmp_path), world_size=1)
+    one, two = figures(tmp_path), figures(on_two / objective)
     assert one["steps"] == two["steps"] == 6
     assert one["mask"] == two["mask"]
-    first, second = (load_file(tmp_path / "2" / f"weights-{r}.safetensors") for r in (0, 1))
-    assert_equal_weights(first, second)
-    assert_close_weights(load_file(tmp_path / "1" / "weights-0.safetensors"), first, atol=1e-6)
-    for name in ("loss", "grad_norm", "eval_loss"):
+    weights = [load_file(on_two / objective / f"weights-{r}.safetensors") for r in (0, 1)]
+    assert_equal_weights(*weights)
+    assert_close_weights(load_file(tmp_path / "weights-0.safetensors"), weights[0], atol=1e-6)
+    for name in ("loss", "grad_norm", "eval_loss", "num_tokens"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
-    # A filler's tokens are computed, so they count.
-    assert two["num_tokens"][:2] == one["num_tokens"][:2]
-    records = [
-        [json.loads(line) for line in (tmp_path / n / "logps.jsonl").read_text().splitlines()]
-        for n in ("1", "2")
-    ]
-    assert len(records[0]) == len(records[1])
-    for a, b in zip(*records, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+    for a, b in zip(records(tmp_path), records(on_two / objective), strict=True):
+        for name in ("logp", "ref_logp"):
+            assert b.pop(name, 0.0) == pytest.approx(a.pop(name, 0.0), rel=1e-4)
+        assert a == b
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "logps.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes by Linux's /proc")
-def test_only_selected_entries_are_sent(tmp_path):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4000,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-        )  # fmt: skip
-    )
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    select(random_scores(named_shapes(model), 0), 0.1).save(tmp_path / "mask")
-    run_ranks(2, tmp_path / "out", "dpo", tmp_path / "model", tmp_path / "mask")
-    dense_bytes = 4 * sum(p.numel() for p in model.parameters())
+def test_only_selected_entries_are_sent(on_two, larger):
+    dense_bytes = (larger / "model.safetensors").stat().st_size  # in fp32
     for rank in (0, 1):
-        found = figures(tmp_path / "out", rank)
-        print(found, dense_bytes)
-        # A ring of W ranks sends 2 (W − 1) / W of a gradient, here all of it once a step; the
-        # selected entries go out once at the start.
-        allowed = 1.1 * 4 * found["selected"] * (found["steps"] + 1) + 100 * KIB
-        assert found["written_bytes"] < allowed
-        assert found["written_bytes"] > 4 * found["selected"] * found["steps"]  # sockets count
-        assert allowed < dense_bytes * (found["steps"] + 1) / 8
+        found = figures(on_two / "larger", rank)
+        gradients = 4 * found["selected"] * found["steps"]
+        # A ring of W ranks sends 2 (W − 1) / W of a gradient, of two ranks all of it, once a step;
+        # the selected entries themselves go out once at the start.
+        allowed = 1.1 * (gradients + 4 * found["selected"]) + 64 * KIB
+        assert gradients < found["written_bytes"] < allowed
+        assert found["written_bytes"] < gradients + dense_bytes / 4  # no frozen weight went out

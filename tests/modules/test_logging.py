@@ -122,11 +122,9 @@ def test_the_learning_rate_follows_its_schedule(tiny_llama_dir, tmp_path):
 
 
 def test_means_are_weighted():
-    log = MetricLog(("a", "b"))
+    log, one = MetricLog(("a", "b")), torch.tensor(1.0)
     log.update({"a": (torch.tensor(2.0), torch.tensor(3))})
-    log.update(
-        {"a": (torch.tensor(1.0), torch.tensor(1)), "b": (torch.tensor(5.0), torch.ones(()))}
-    )
+    log.update({"a": (one, torch.tensor(1)), "b": (torch.tensor(5.0), one)})
     assert log.compute_and_reset() == {"a": 1.75, "b": 5.0}
     log.update({"b": (one, one)})
     assert log.compute_and_reset() == {"b": 1.0}
