@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lit_align.batch import PackedBatch
 from lit_align.compact import (
     Delta,
     apply_delta,
-    load_trainable,
     reference_policy,
     restrict,
     trainable,
@@ -25,19 +22,12 @@ from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
 from lit_align.modules import reference_logps
+from lit_align.modules.checkpointed import CheckpointedModule
 from lit_align.modules.forward import per_token_logps, per_token_logps_with_statistics
-from lit_align.modules.metric_log import (
-    MetricLog,
-    Reported,
-    Throughput,
-    log_everywhere,
-    masked_mean,
-)
+from lit_align.modules.metric_log import Reported, masked_mean
 from lit_align.optim import MaskedAdamW
 
 Reference = Literal["cache", "swap"]
-CHECKPOINT_KEY = "lit_align"
-PREFIX = "language_model."  # of the model's parameters in a module's state
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -57,7 +47,7 @@ class Objective:
     reported: Reported
 
 
-class LanguageModelModule(lightning.LightningModule):
+class LanguageModelModule(CheckpointedModule):
     """Base of the training objectives; `objective` is all that a subclass adds.
 
     The model is loaded in `configure_model`; a callback with `parameter_mask(trainer, module)`
@@ -65,7 +55,6 @@ class LanguageModelModule(lightning.LightningModule):
     trainable entries alone.
     """
 
-    reported_names: ClassVar[tuple[str, ...]] = ()
     uses_reference: ClassVar[bool] = False
 
     def __init__(
@@ -105,14 +94,8 @@ class LanguageModelModule(lightning.LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self.language_model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.mask: ParameterMask | None = None
-        # Not submodules: bf16-true would cast their sums.
-        self.logs = {s: MetricLog(self.reported_names) for s in ("train", "val", "test")}
         self._units = torch.zeros(())
-        self._throughput = Throughput()
-        self._logged_step = 0
 
     # ---- the objective -----------------------------------------------------------------------
 
@@ -135,13 +118,6 @@ class LanguageModelModule(lightning.LightningModule):
     def settings(self) -> Any:
         """The arguments that the module was made with."""
         return self.hparams
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The language model, once it is loaded."""
-        if self.language_model is None:
-            raise TrainingError("the model is loaded in configure_model: call it first")
-        return self.language_model
 
     # ---- loading and restricting -------------------------------------------------------------
 
@@ -230,9 +206,9 @@ class LanguageModelModule(lightning.LightningModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The batch's loss, scaled so that dividing by the window's units gives the exact mean."""
-        self._throughput.start_batch()
+        self.throughput.start_batch()
         reference = self.reference_per_token_logps(batch)  # before the policy's graph exists
-        if self._logs_next_step():
+        if self.logs_next_step():
             logps, reported = self._with_statistics(batch)
         else:
             logps, reported = per_token_logps(self.model, batch), {}
@@ -246,8 +222,8 @@ class LanguageModelModule(lightning.LightningModule):
         """Check the loss, count the window's units, report."""
         self._check_finite(objective.loss_sum, batch)
         self._units = self._units.to(objective.units.device) + objective.units.detach()
-        self._log_of("train").update(objective.reported | reported)
-        self._throughput.add(batch.num_tokens)
+        self.log_of("train").update(objective.reported | reported)
+        self.throughput.add(batch.num_tokens)
         mean = objective.loss_sum.detach() / objective.units.clamp(min=1)
         self.log("loss", mean, prog_bar=True, logger=False)
 
@@ -262,7 +238,7 @@ class LanguageModelModule(lightning.LightningModule):
         norm = torch.nn.utils.get_total_norm(grads)
         if not norm.isfinite() and not str(self.trainer.precision).startswith("16"):
             raise TrainingError(self._describe_bad_gradient())
-        self._log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
+        self.log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
 
     def _describe_bad_gradient(self) -> str:
         names = [
@@ -315,7 +291,7 @@ class LanguageModelModule(lightning.LightningModule):
         reference = self.reference_per_token_logps(batch)
         logps, reported = self._with_statistics(batch)
         objective = self.objective(batch, logps, reference)
-        self._log_of(split).update(objective.reported | reported)
+        self.log_of(split).update(objective.reported | reported)
 
     def _with_statistics(self, batch: PackedBatch) -> tuple[Tensor, Reported]:
         """Per-token log-probs, and entropy, accuracy and mean logits under TRL's names."""
@@ -330,50 +306,7 @@ class LanguageModelModule(lightning.LightningModule):
         }
         return logps, {n: v for n, v in reported.items() if n in self.reported_names}
 
-    # ---- logging -----------------------------------------------------------------------------
-
-    def _log_of(self, split: str) -> MetricLog:
-        return self.logs[split].to(self.device)
-
-    def _logs_next_step(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.global_step + 1) % every == 0
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write the log where a step was taken that is due."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        step = self.global_step
-        if step > self._logged_step and every > 0 and step % every == 0:
-            values = self._flush()
-            self.log_dict({n: float(v) for n, v in values.items() if n != "loss"}, logger=False)
-
-    def on_train_end(self) -> None:
-        """Write what has come since the last log."""
-        if self.global_step > self._logged_step:
-            self._flush()
-
-    def _flush(self) -> dict[str, float]:
-        self._logged_step = self.global_step
-        values = self._log_of("train").compute_and_reset()
-        values |= self._throughput.compute_and_reset(self.device)
-        values["mask/density"] = self.mask.density() if self.mask is not None else 1.0
-        values["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        log_everywhere(self.loggers, values, self.global_step)
-        return values
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means under TRL's names with `eval_` in front."""
-        self._log_split("val", "eval_")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means with `test_` in front."""
-        self._log_split("test", "test_")
-
-    def _log_split(self, split: str, prefix: str) -> None:
-        values = self._log_of(split).compute_and_reset()
-        self.log_dict({prefix + n: v for n, v in values.items()}, prog_bar=False)
-
-    # ---- optimiser and checkpoint ------------------------------------------------------------
+    # ---- optimiser ----------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """MaskedAdamW over what trains, and the schedule, by step."""
@@ -397,52 +330,12 @@ class LanguageModelModule(lightning.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trainable entries alone; the base is named by its fingerprint."""
-        return {PREFIX + name: p.detach() for name, p in trainable(self.model)}
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load trainable entries and write them into the weights.
-
-        Raises:
-            TrainingError: names or shapes are not those of what trains here.
-        """
-        load_trainable(self.model, {n.removeprefix(PREFIX): t for n, t in state_dict.items()})
-        return torch.nn.modules.module._IncompatibleKeys([], [])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the base and the mask that the trainable entries belong to."""
-        done = self._throughput
-        seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
-        checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or mask.
-
-        Raises:
-            TrainingError: names both.
-        """
-        theirs, ours = checkpoint.get(CHECKPOINT_KEY, {}), self._identity()
-        for what, value in ours.items():
-            if theirs.get(what) != value:
-                raise TrainingError(
-                    f"the checkpoint has {what} {theirs.get(what)}, this run {value}: it belongs "
-                    "to another run"
-                )
-        self._throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
-        self._logged_step = int(checkpoint["global_step"])
-
-    def _identity(self) -> dict[str, str | None]:
-        return {
-            "base_fingerprint": getattr(self.model, "base_fingerprint", None),
-            "mask_digest": None if self.mask is None else self.mask.digest,
-        }
-
 
 def _disable_dropout(model: nn.Module) -> None:
     """A policy and its reference are compared token by token: dropout would be noise in both."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # given to attention at each call
+                setattr(module, name, 0.0)

@@ -18,7 +18,7 @@ from lit_align.language_model import load_language_model, resolve_model, save_la
 from lit_align.localizers import magnitude_scores, random_scores, select_by_weight_change
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
-from lit_align.modules.base import CHECKPOINT_KEY, PREFIX
+from lit_align.modules.checkpointed import CHECKPOINT_KEY, PREFIX
 from lit_align.pipelines.rows import Row, preference_columns, write_json
 
 

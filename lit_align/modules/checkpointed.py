@@ -1,0 +1,74 @@
+"""What a checkpoint of every module holds: the trainable entries, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_align.compact import load_trainable, trainable
+from lit_align.errors import TrainingError
+from lit_align.modules.logged import LoggedModule
+
+CHECKPOINT_KEY = "lit_align"
+PREFIX = "language_model."  # of the model's parameters in a module's state
+
+
+class CheckpointedModule(LoggedModule):
+    """Holds a language model, of which checkpoints keep what trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model: PreTrainedModel | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The language model, once it is loaded."""
+        if self.language_model is None:
+            raise TrainingError("the model is loaded in configure_model: call it first")
+        return self.language_model
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trainable entries alone; the base is named by its fingerprint."""
+        return {PREFIX + name: p.detach() for name, p in trainable(self.model)}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load trainable entries and write them into the weights.
+
+        Raises:
+            TrainingError: names or shapes are not those of what trains here.
+        """
+        load_trainable(self.model, {n.removeprefix(PREFIX): t for n, t in state_dict.items()})
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the base and the mask that the trainable entries belong to."""
+        done = self.throughput
+        seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
+        checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or mask.
+
+        Raises:
+            TrainingError: names both.
+        """
+        theirs, ours = checkpoint.get(CHECKPOINT_KEY, {}), self._identity()
+        for what, value in ours.items():
+            if theirs.get(what) != value:
+                raise TrainingError(
+                    f"the checkpoint has {what} {theirs.get(what)}, this run {value}: it belongs "
+                    "to another run"
+                )
+        self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
+        self.logged_step = int(checkpoint["global_step"])
+
+    def _identity(self) -> dict[str, str | None]:
+        return {
+            "base_fingerprint": getattr(self.model, "base_fingerprint", None),
+            "mask_digest": None if self.mask is None else self.mask.digest,
+        }
