@@ -44,7 +44,7 @@ OPTIONS = {
     | {f"{group}.{name}" for group, names in ALLO_GROUPS.items() for name in words(names)},
     "localize": words("model output method trained ratio granularity scope seed"),
     "evaluate": words(
-        "model data task delta limit output mode max_new_tokens last_number batch_size"
+        "model data task delta limit output mode max_new_tokens last_number batch_size accelerator"
     ),
     "export": words("output model delta checkpoint mask"),
 }

@@ -64,7 +64,13 @@ from lit_align.pipelines.settings import (
 from lit_align.pipelines.stage import Stage, run_stages
 from lit_align.pipelines.summary import summarise
 from lit_align.pipelines.token_rewards import weighted_rows
-from lit_align.pipelines.training import as_config, data_settings, module_settings, train
+from lit_align.pipelines.training import (
+    as_config,
+    data_settings,
+    inference_device,
+    module_settings,
+    train,
+)
 
 MODEL_FOLDER = "model"
 DELTA_FILE = "delta.safetensors"
@@ -167,8 +173,14 @@ class Allo:
     def _save_model(self, module: Any, folder: Path) -> None:
         save_language_model(module.model, module.tokenizer, folder / MODEL_FOLDER)
 
+    def _load(self, folder: Path) -> Any:
+        """Model and tokenizer, where the model is fast."""
+        model, tokenizer = load_language_model(folder)
+        model.to(inference_device(self.run.accelerator))  # type: ignore[arg-type]
+        return model, tokenizer
+
     def _sample(self, folder: Path) -> None:
-        model, tokenizer = load_language_model(self.start)
+        model, tokenizer = self._load(self.start)
         sampled = sampling.sample(model, tokenizer, self._rows("data", "train"), self.sample)
         write_jsonl(folder / "sampled.jsonl", sampled)
 
@@ -282,7 +294,7 @@ class Allo:
     def _corrections(self, folder: Path) -> None:
         teacher = None
         if self.token_rewards.teacher == "model":
-            teacher = Teacher(*load_language_model(self._teacher_folder()))
+            teacher = Teacher(*self._load(self._teacher_folder()))
         can_judge = self.data.kind != "preference"
         corrections = correct_predictions(
             self._wrong(),
@@ -312,7 +324,7 @@ class Allo:
         settings = self.token_rewards
         reward_model = None
         if settings.kind != "edit":
-            model, tokenizer = load_language_model(self.output / "reward_model" / MODEL_FOLDER)
+            model, tokenizer = self._load(self.output / "reward_model" / MODEL_FOLDER)
             reward_model = RewardModel(model, tokenizer, settings.max_length)
         weighted = weighted_rows(
             self._wrong(),
@@ -398,7 +410,7 @@ class Allo:
 
     def _evaluator(self, model_folder: Path, has_delta: bool) -> Any:
         def run(folder: Path) -> None:
-            model, tokenizer = load_language_model(model_folder)
+            model, tokenizer = self._load(model_folder)
             if has_delta:
                 apply_delta(model, self.output / "improve" / DELTA_FILE)
             metrics = self._evaluate(model, tokenizer, self._rows("data", "held_out"))

@@ -20,6 +20,7 @@ from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
 from lit_align.modules.checkpointed import CHECKPOINT_KEY, PREFIX
 from lit_align.pipelines.rows import Row, preference_columns, write_json
+from lit_align.pipelines.training import inference_device
 
 
 def localize(
@@ -78,6 +79,7 @@ def evaluate_files(
     max_new_tokens: int = 48,
     last_number: bool = False,
     batch_size: int = 64,
+    accelerator: str = "auto",
 ) -> None:
     """Accuracy of a model on a file of rows, with a 95 % interval.
 
@@ -93,8 +95,10 @@ def evaluate_files(
         max_new_tokens: of a generated response.
         last_number: take the last number where a response has no "The answer is:".
         batch_size: responses at a time.
+        accelerator: the machine's (auto), or cpu.
     """
     language_model, tokenizer = load_language_model(model)
+    language_model.to(inference_device(accelerator))  # type: ignore[arg-type]
     if delta is not None:
         apply_delta(language_model, delta)
     if limit is not None and limit < 1:

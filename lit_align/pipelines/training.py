@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_align.pipelines.settings import RunSettings, TrainSettings
@@ -79,6 +80,12 @@ def _leave_out_chatter() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(CHATTER)
+
+
+def inference_device(accelerator: str) -> torch.device:
+    """Where a model is asked without training: the machine's accelerator, or `cpu` as named."""
+    found = None if accelerator == "cpu" else torch.accelerator.current_accelerator(True)
+    return found or torch.device("cpu")
 
 
 def as_config(*settings: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lit_align.errors import DataError, DeltaError, MaskError, TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask
 from lit_align.pipelines.commands import evaluate_files, export, localize
+from lit_align.pipelines.training import inference_device
 from tests.tiny_models import save_tiny_model
 from tests.training_runs import random_mask
 
@@ -39,6 +40,13 @@ def test_a_delta_of_another_model_is_refused(delta, tmp_path):
     with pytest.raises((DeltaError, MaskError), match=r"fingerprint|another"):
         export(str(tmp_path / "merged"), model=str(other), delta=delta[0])
     assert not (tmp_path / "merged").exists()
+
+
+def test_models_are_asked_on_the_accelerator_unless_the_cpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda _: torch.device("cuda"))
+    assert inference_device("auto").type == "cuda" and inference_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda _: None)
+    assert inference_device("auto").type == "cpu"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
