@@ -126,10 +126,10 @@ def test_gradient_checkpointing_gives_the_same_weights(reference, tiny_llama_dir
 def compiled(tiny_llama_dir, tmp_path, backend):
     runs = []
     for compile_it in (False, True):
-        module = MaskedDPO(str(tiny_llama_dir), learning_rate=1e-2, eps=1e-3, warmup_ratio=0.0)
+        module = SupervisedFineTuning(str(tiny_llama_dir), learning_rate=1e-2, eps=1e-3)
         model = torch.compile(module, backend=backend) if compile_it else None
-        rows = preferences(4, batch_size=2)
-        runs.append(fit(module, rows, tmp_path, mask=random_mask(), model=model))
+        rows = instructions(4, batch_size=4)
+        runs.append(fit(module, rows, tmp_path, mask=random_mask(), model=model, max_epochs=2))
     assert_close_weights(*runs, atol=1e-5)
 
 

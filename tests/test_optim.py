@@ -1,0 +1,68 @@
+"""MaskedAdamW as an optimiser: settings, closures, groups, state. (Its arithmetic: tests/compact.)"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lit_align.compact import restrict
+from lit_align.optim import MaskedAdamW
+from tests.compact.test_restrict import compact_steps, make_mask, trainable
+from tests.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": -1.0}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}, {"betas": (0, 1)}],
+)  # fmt: skip
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match="out of range"):
+        MaskedAdamW([nn.Parameter(torch.zeros(2))], **settings)
+
+
+def test_only_fp32_trains():
+    with pytest.raises(TypeError, match="restrict"):
+        MaskedAdamW([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])
+
+
+def test_the_closure_runs_first_and_its_loss_comes_back():
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = MaskedAdamW([parameter], lr=0.1, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure)) == 5.0
+    torch.testing.assert_close(parameter.detach(), torch.tensor([0.9, -1.9]))
+
+
+def test_groups_have_their_own_settings():
+    still, moving = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = MaskedAdamW([{"params": [still], "lr": 0.0}, {"params": [moving]}], lr=0.5)
+    still.grad, moving.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    assert torch.equal(still, torch.ones(3)) and (moving < 1).all()
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW([parameter], lr=0.5, weight_decay=0.5)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(3)) and not optimizer.state
+
+
+def test_going_on_from_a_state_dict_is_exact():
+    model = restrict(tiny_model(), make_mask(tiny_model()))
+    optimizer = MaskedAdamW(trainable(model), lr=1e-2)
+    compact_steps(model, 2, optimizer)
+    twin = copy.deepcopy(model)
+    again = MaskedAdamW(trainable(twin), lr=1.0)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    compact_steps(model, 2, optimizer)
+    compact_steps(twin, 2, again)
+    for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
