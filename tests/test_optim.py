@@ -1,4 +1,4 @@
-"""MaskedAdamW as an optimiser: settings, closures, groups, state. (Its arithmetic: tests/compact.)"""
+"""MaskedAdamW as an optimiser: settings, closures, groups, state; its steps: tests/compact."""
 
 import copy
 
@@ -14,8 +14,8 @@ from tests.tiny_models import tiny_model
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": -1.0}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}, {"betas": (0, 1)}],
-)  # fmt: skip
+    [{"lr": -1}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (1, 0.9)}, {"betas": (0, 1)}],
+)
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="out of range"):
         MaskedAdamW([nn.Parameter(torch.zeros(2))], **settings)
