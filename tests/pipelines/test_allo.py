@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lit_align.compact import Delta
 from lit_align.masks import ParameterMask
-from lit_align.pipelines import allo as allo_module
+from lit_align.pipelines import allo_stages
 from tests.pipelines.allo_settings import tiny_allo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,9 +52,9 @@ def whole(tmp_path_factory, tiny_llama_dir) -> tuple[Path, dict[str, torch.Tenso
         trained.update({n: t.detach().clone() for n, t in model.state_dict().items()})
         export(model, path, mask)
 
-    export = allo_module.export_delta
+    export = allo_stages.export_delta
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(allo_module, "export_delta", spy)
+        patch.setattr(allo_stages, "export_delta", spy)
         tiny_allo(tiny_llama_dir, output, merge_model=True)
     return output, trained
 

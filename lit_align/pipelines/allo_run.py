@@ -1,0 +1,90 @@
+"""One ALLO run: its settings, and where its outputs stand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lit_align.language_model import load_language_model, resolve_model
+from lit_align.pipelines.rows import Row, read_jsonl
+from lit_align.pipelines.settings import (
+    DataSettings,
+    DPOSettings,
+    EvaluateSettings,
+    ForgetSettings,
+    ImproveSettings,
+    LocateSettings,
+    RunSettings,
+    SampleSettings,
+    SFTSettings,
+    TokenRewardSettings,
+    TrainSettings,
+)
+from lit_align.pipelines.training import inference_device, module_settings
+
+MODEL_FOLDER = "model"
+DELTA_FILE = "delta.safetensors"
+MASK_FILE = "mask.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class AlloRun:
+    """Settings of all stages; every stage is a function of a run and its own folder.
+
+    Attributes:
+        output: folder of the run; stage `x` writes into `output / "x"`.
+        model: local folder, hub id or alias of the model to align.
+        data: of the stage of that name, as are the settings below.
+        sft: likewise.
+        sample: likewise.
+        warm_up: likewise.
+        locate: likewise.
+        token_rewards: likewise.
+        forget: likewise.
+        improve: likewise.
+        evaluate: likewise.
+        machine: precision, device, seed.
+        merge_model: also write start + delta as an ordinary model folder.
+    """
+
+    output: Path
+    model: str
+    data: DataSettings
+    sft: SFTSettings
+    sample: SampleSettings
+    warm_up: DPOSettings
+    locate: LocateSettings
+    token_rewards: TokenRewardSettings
+    forget: ForgetSettings
+    improve: ImproveSettings
+    evaluate: EvaluateSettings
+    machine: RunSettings
+    merge_model: bool
+
+    @property
+    def start(self) -> Path:
+        """The folder that everything after supervised fine-tuning starts from."""
+        return self.output / "sft" / MODEL_FOLDER if self.sft.enabled else resolve_model(self.model)
+
+    def start_inputs(self) -> list[Path | str]:
+        """The start, as an input of a stage."""
+        return ["sft"] if self.sft.enabled else [self.start]
+
+    def rows(self, stage: str, name: str) -> list[Row]:
+        """Rows that a stage wrote."""
+        return read_jsonl(self.output / stage / f"{name}.jsonl")
+
+    def module_settings(self, settings: TrainSettings) -> dict[str, Any]:
+        """What a module of a stage takes."""
+        return {"model": str(self.start)} | module_settings(settings, self.machine)
+
+    def mask(self, name: str) -> Path:
+        """File of N1 (`n1`) or N2 (`n2`)."""
+        return self.output / "locate" / f"{name}.safetensors"
+
+    def load(self, folder: Path) -> Any:
+        """Model and tokenizer, where the model is fast."""
+        model, tokenizer = load_language_model(folder)
+        model.to(inference_device(self.machine.accelerator))  # type: ignore[arg-type]
+        return model, tokenizer
