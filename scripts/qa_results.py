@@ -18,10 +18,11 @@ from lit_align.evaluation import wilson_interval
 CONFIG = Path(__file__).parents[1] / "configs" / "allo_qa.yaml"
 
 
-def run_seed(seed: int, data: Path, output: Path) -> Path:
+def run_seed(seed: int, data: Path, output: Path, sizes: dict[str, int]) -> Path:
     """One run of the pipeline; the questions are the same for every seed."""
     folder = output / f"seed-{seed}"
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
+    config["data"] |= sizes
     files = config["data"]["train_files"]
     config["data"]["train_files"] = [f.replace("DATA", str(data.resolve())) for f in files]
     config["output"] = str(folder)
@@ -61,14 +62,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/qa"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--train-rows", type=int, help="fewer than the config's, for less time")
+    parser.add_argument("--held-out-rows", type=int, help="likewise")
     arguments = parser.parse_args()
+    given = {"train_rows": arguments.train_rows, "held_out_rows": arguments.held_out_rows}
+    sizes = {name: rows for name, rows in given.items() if rows is not None}
     begin = time.monotonic()
     results = []
     for seed in arguments.seeds:
         if results and time.monotonic() - begin > 60 * arguments.minutes:
             print(f"the time is over: seed {seed} was not begun")
             break
-        path = run_seed(seed, arguments.data, arguments.output)
+        path = run_seed(seed, arguments.data, arguments.output, sizes)
         results.append(json.loads(path.read_text("utf-8")))
         print(table(results), flush=True)
 
