@@ -48,7 +48,9 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
             for link in found:
                 _exchange(link)
                 done.append(link)
+            torch.clear_autocast_cache()  # its 16-bit copies are of the values before the exchange
             yield
     finally:
         for link in done:
             _exchange(link)
+        torch.clear_autocast_cache()
