@@ -268,6 +268,6 @@ def make_compact(module: nn.Module) -> None:
         return
     original: Any = type(module)
     fast: Any = _fast_class(module) if "weight" in parts else None
-    through = tuple(n for n in parts if not (fast and n == "weight"))
-    module.__class__ = compact_class(original, fast, through)
+    # The fast forwards do not read `weight` themselves; others' code may (nn.MultiheadAttention).
+    module.__class__ = compact_class(original, fast, tuple(parts))
     live_modules.add(module)
