@@ -32,7 +32,8 @@ def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -
 
     Raises:
         MaskError: the mask belongs to another model or selects nothing.
-        ModelError: the model is restricted already, or a selected weight is quantised.
+        ModelError: the model is restricted already, or a selected weight is quantised or
+            not contiguous.
     """
     if any(compact_state(m) for m in model.modules()):
         raise ModelError("the model is restricted already: load it again to restrict it anew")
@@ -43,7 +44,7 @@ def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -
     if mask.count() == 0:
         raise MaskError("the mask selects nothing: no parameter would train")
     selected = {n: mask.selections[n] for n in parameters if mask.selections[n].kind != "none"}
-    _refuse_quantised(parameters, set(selected))
+    _refuse_untrainable(parameters, set(selected))
     owners = _owners(model)
     model.requires_grad_(False)
     touched: dict[nn.Module, None] = {}
@@ -57,7 +58,7 @@ def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -
     return model
 
 
-def _refuse_quantised(parameters: dict[str, nn.Parameter], selected: set[str]) -> None:
+def _refuse_untrainable(parameters: dict[str, nn.Parameter], selected: set[str]) -> None:
     for name in selected:
         parameter = parameters[name]
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
@@ -65,6 +66,8 @@ def _refuse_quantised(parameters: dict[str, nn.Parameter], selected: set[str]) -
                 f"{name} is quantised ({parameter.dtype}): its entries cannot train; select other "
                 "parameters or load the model without quantisation"
             )
+        if not parameter.is_contiguous():  # entries are positions in row-major order
+            raise ModelError(f"{name} is not contiguous: its entries cannot train")
 
 
 def _install(

@@ -258,6 +258,52 @@ def test_reference_policy_refuses_an_unfinished_graph():
         pass
 
 
+def test_reference_policy_under_autocast_leaves_no_copies():
+    """One autocast context around both: the reference's 16-bit weights are not the policy's."""
+    model = tiny_model("llama", tied=False)
+    mask = make_mask(model, 0.5, "layer")
+    restrict(model, mask)
+    with torch.no_grad():
+        for link in links(model):
+            link.selected.mul_(3)
+    sync(model)
+    ids = torch.arange(10)[None] + 3
+    results = []
+    for with_reference in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            if with_reference:
+                with reference_policy(model):
+                    reference = model(input_ids=ids).logits
+            logits = model(input_ids=ids).logits
+        logits.float().square().sum().backward()
+        results.append((logits, [p.grad.clone() for p in trainable(model)]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(results[1][0], reference)
+    for alone, after in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(alone, after)
+
+
+def test_a_weight_that_others_read_has_its_gradient():
+    """F.linear on a module's weight, and nn.MultiheadAttention, which does that."""
+    linear, dense = nn.Linear(8, 8), nn.Linear(8, 8)
+    dense.load_state_dict(linear.state_dict())
+    mask, x = make_mask(linear, 0.3), torch.randn(3, 8)
+    for module in (dense, restrict(linear, mask)):
+        nn.functional.linear(x, module.weight).square().sum().backward()
+    assert torch.equal(linear.selected.grad, dense.weight.grad[mask.dense("weight")])
+
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    twin = copy.deepcopy(attention)
+    mask, x = make_mask(attention, 0.3), torch.randn(2, 3, 8)
+    for module in (twin, restrict(attention, mask)):
+        module(x, x, x)[0].square().sum().backward()
+    expected = dict(twin.named_parameters())
+    for link in links(attention):
+        name = link.state.name
+        torch.testing.assert_close(link.selected.grad, expected[name].grad[mask.dense(name)])
+
+
 def test_reference_policy_restores_after_an_error():
     model = restrict(tiny_model(), make_mask(tiny_model()))
     compact_steps(model, 1, MaskedAdamW(trainable(model), lr=1e-2))
@@ -284,6 +330,14 @@ def test_errors():
         restrict(model, make_mask(tiny_model()))
     with pytest.raises(MaskError, match="nothing"):
         restrict(tiny_model(), ~ParameterMask.full(named_shapes(tiny_model())))
+
+
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_a_weight_that_is_not_contiguous_is_refused(granularity):
+    model = nn.Sequential(nn.Linear(4, 8))
+    model[0].weight = nn.Parameter(torch.randn(4, 8).t())
+    with pytest.raises(ModelError, match="0.weight is not contiguous"):
+        restrict(model, make_mask(model, 0.5, granularity))
 
 
 def test_sync_after_averaging():
