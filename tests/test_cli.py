@@ -23,7 +23,7 @@ def words(text: str) -> set[str]:
 
 
 TRAIN = "learning_rate epochs batch_size accumulate weight_decay warmup_ratio lr_scheduler "
-TRAIN += "gradient_clip max_length max_steps"
+TRAIN += "gradient_clip max_length max_steps betas eps"
 DPO_LOSS = "beta loss_type label_smoothing"
 ALLO_GROUPS = {
     "data": "kind train_files held_out_files train_rows held_out_rows held_out_every seed "
@@ -33,7 +33,8 @@ ALLO_GROUPS = {
     "gold_as_chosen batch_size seed",
     "warm_up": f"{TRAIN} {DPO_LOSS}",
     "locate": "method forget_ratio improve_ratio granularity scope num_batches seed",
-    "token_rewards": f"{TRAIN} kind threshold teacher teacher_model reward_model identity_rewrites",
+    "token_rewards": f"{TRAIN} kind threshold teacher teacher_model teacher_max_new_tokens "
+    "teacher_temperature teacher_num_samples reward_model identity_rewrites",
     "forget": f"{TRAIN} enabled beta loss_type retain retain_weight",
     "improve": f"{TRAIN} {DPO_LOSS} filter_side drop_fraction keep_fraction",
     "evaluate": "mode max_new_tokens last_number batch_size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def stages_of(run: AlloRun) -> list[Stage]:
 def _reward_model_stages(run: AlloRun, common: dict[str, Any]) -> list[Stage]:
     """Corrections, and the reward model where the weights need one."""
     settings = run.token_rewards
-    config = {"teacher": settings.teacher, "teacher_model": settings.teacher_model}
+    names = (f.name for f in dataclasses.fields(settings) if f.name.startswith("teacher"))
+    config = {name: getattr(settings, name) for name in names}
     inputs: list[Path | str] = ["pairs"]
     if settings.teacher == "model":
         inputs.append(rewards.teacher_folder(run))

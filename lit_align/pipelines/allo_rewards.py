@@ -26,13 +26,18 @@ from lit_align.pipelines.token_rewards import weighted_rows
 
 def correct(run: AlloRun, folder: Path) -> None:
     """Corrections of the wrong responses."""
-    teacher = None
-    if run.token_rewards.teacher == "model":
-        teacher = Teacher(*run.load(teacher_folder(run)))
+    teacher, settings = None, run.token_rewards
+    if settings.teacher == "model":
+        teacher = Teacher(
+            *run.load(teacher_folder(run)),
+            max_new_tokens=settings.teacher_max_new_tokens,
+            temperature=settings.teacher_temperature,
+            num_samples=settings.teacher_num_samples,
+        )
     can_judge = run.data.kind != "preference"
     corrections = correct_predictions(
         _wrong(run),
-        run.token_rewards.teacher,
+        settings.teacher,
         is_correct=is_right if can_judge else None,
         teacher=teacher,
     )

@@ -197,7 +197,7 @@ def improve(run: AlloRun, folder: Path) -> None:
         **dpo_settings(run.improve),
         delta=str(run.output / "forget" / DELTA_FILE) if run.forget.enabled else None,
         filter_side=run.improve.filter_side,
-        filter_drop_fraction=run.improve.drop_fraction,
+        filter_drop_fraction=run.improve.dropped,
         filter_keep_fraction=run.improve.keep_fraction,
     )
     data = _pair_data(run, run.improve, folder)

@@ -167,7 +167,8 @@ def export(
     if output.endswith(".safetensors"):
         if mask is None:
             raise TrainingError("a delta needs --mask; name a folder to export the whole model")
-        export_delta(trained, output, ParameterMask.load(mask))
+        # A checkpoint's model knows what moved: its mask, and the delta that it started from.
+        export_delta(trained, output, None if checkpoint else ParameterMask.load(mask))
     else:
         save_language_model(trained, tokenizer, output)
     print(output)

@@ -1,15 +1,33 @@
-"""Settings of the pipelines: frozen dataclasses, each field an option of the command line."""
+"""Settings of the pipelines: frozen dataclasses, each field an option of the command line.
+
+Each checks its values when it is made and raises a PipelineError that names the option.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
-from lit_align.errors import MaskError
+from lit_align.errors import PipelineError
 from lit_align.losses import DPOLossType
 from lit_align.losses.token_filter import FilterSide
 from lit_align.masks.select import Granularity, Scope
+from lit_align.pipelines.setting_checks import (
+    BETAS,
+    COUNT,
+    FRACTION,
+    LENGTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATIO,
+    SCHEDULER,
+    SHARE,
+    SMOOTHING,
+    STEPS,
+    check,
+)
 
+DROPPED = 0.1  # the paper's share of noisy tokens
 DataKind = Literal["word_problems", "questions", "preference"]
 
 
@@ -40,6 +58,10 @@ class DataSettings:
     seed: int = 0
     on_bad_row: Literal["error", "skip"] = "error"
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check("data", self, train_rows=NOT_NEGATIVE, held_out_rows=NOT_NEGATIVE)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
@@ -51,23 +73,49 @@ class TrainSettings:
         batch_size: rows of one forward and backward.
         accumulate: such batches of one step.
         weight_decay: decoupled, on trained entries alone.
+        betas: of AdamW.
+        eps: of AdamW.
         warmup_ratio: share of the steps with linear warm-up.
-        lr_scheduler: a name that `transformers.get_scheduler` knows.
+        lr_scheduler: a name of transformers: linear, cosine, cosine_with_restarts, polynomial,
+            constant, constant_with_warmup or inverse_sqrt.
         gradient_clip: largest norm of the gradient; 0 for none.
         max_length: most tokens of prompt and response.
         max_steps: stop after so many; -1 for none.
     """
+
+    group: ClassVar[str] = "train"  # what the options begin with
 
     learning_rate: float = 1e-6
     epochs: int = 1
     batch_size: int = 8
     accumulate: int = 1
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     warmup_ratio: float = 0.1
     lr_scheduler: str = "cosine"
     gradient_clip: float = 1.0
     max_length: int = 1024
     max_steps: int = -1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(
+            self.group,
+            self,
+            learning_rate=POSITIVE,
+            epochs=COUNT,
+            batch_size=COUNT,
+            accumulate=COUNT,
+            weight_decay=NOT_NEGATIVE,
+            betas=BETAS,
+            eps=POSITIVE,
+            warmup_ratio=SHARE,
+            lr_scheduler=SCHEDULER,
+            gradient_clip=NOT_NEGATIVE,
+            max_length=LENGTH,
+            max_steps=STEPS,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +125,8 @@ class SFTSettings(TrainSettings):
     Attributes:
         enabled: without it the given model is what everything starts from.
     """
+
+    group: ClassVar[str] = "sft"
 
     enabled: bool = True
     learning_rate: float = 2e-5
@@ -110,6 +160,20 @@ class SampleSettings:
     batch_size: int = 128
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(
+            "sample",
+            self,
+            num_samples=COUNT,
+            temperature=POSITIVE,
+            top_p=RATIO,
+            max_new_tokens=COUNT,
+            pairs_per_prompt=COUNT,
+            wrong_per_prompt=NOT_NEGATIVE,
+            batch_size=COUNT,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class DPOSettings(TrainSettings):
@@ -121,9 +185,16 @@ class DPOSettings(TrainSettings):
         label_smoothing: share of labels taken to be wrong.
     """
 
+    group: ClassVar[str] = "warm_up"
+
     beta: float = 0.1
     loss_type: DPOLossType = "sigmoid"
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check(self.group, self, beta=POSITIVE, label_smoothing=SMOOTHING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +221,8 @@ class LocateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Find out before hours of training.
-
-        Raises:
-            MaskError: a ratio outside (0, 1].
-        """
-        for name in ("forget_ratio", "improve_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise MaskError(f"locate.{name} is {getattr(self, name)}, not in (0, 1]")
+        """Check the values."""
+        check("locate", self, forget_ratio=RATIO, improve_ratio=RATIO, num_batches=COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,19 +235,41 @@ class TokenRewardSettings(TrainSettings):
         teacher: where corrections come from: the rows' right response (`gold`), their `correction`
             column (`column`), or a local model (`model`).
         teacher_model: for `teacher: model`.
+        teacher_max_new_tokens: of one of its rewrites.
+        teacher_temperature: of its draws; 0: greedy.
+        teacher_num_samples: rewrites a response, of which the right one with the fewest edits is
+            taken.
         reward_model: what the reward model is trained from; none: what the policy starts from.
         identity_rewrites: train it on right responses as well, which it is to leave as they are.
     """
 
-    kind: Literal["edit", "binary", "soft", "raw"] = "edit"
+    group: ClassVar[str] = "token_rewards"
+
+    kind: Literal["edit", "binary", "soft", "raw"] = "binary"
     threshold: float = 0.5
     teacher: Literal["gold", "column", "model"] = "gold"
     teacher_model: str | None = None
+    teacher_max_new_tokens: int = 256
+    teacher_temperature: float = 0.0
+    teacher_num_samples: int = 1
     reward_model: str | None = None
     identity_rewrites: bool = True
     learning_rate: float = 2e-5
     epochs: int = 3
     warmup_ratio: float = 0.03
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check(
+            self.group,
+            self,
+            threshold=RATIO,
+            teacher_max_new_tokens=COUNT,
+            teacher_temperature=NOT_NEGATIVE,
+            teacher_num_samples=COUNT,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +284,8 @@ class ForgetSettings(TrainSettings):
         retain_weight: weight of one retained unit against one forgotten.
     """
 
+    group: ClassVar[str] = "forget"
+
     enabled: bool = True
     beta: float = 0.1
     loss_type: Literal["token", "sequence"] = "token"
@@ -205,6 +294,11 @@ class ForgetSettings(TrainSettings):
     learning_rate: float = 5e-7
     warmup_ratio: float = 0.03
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check(self.group, self, beta=POSITIVE, retain_weight=NOT_NEGATIVE)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImproveSettings(DPOSettings):
@@ -212,15 +306,29 @@ class ImproveSettings(DPOSettings):
 
     Attributes:
         filter_side: whose tokens the filter looks at.
-        drop_fraction: drop this share of a response's tokens, those of the highest reward.
+        drop_fraction: drop this share of a response's tokens, those of the highest reward; 0.1
+            where neither fraction is given.
         keep_fraction: or keep only this share, those of the lowest (the public code).
     """
 
-    filter_side: FilterSide = "both"
-    drop_fraction: float | None = 0.1
-    keep_fraction: float | None = None
+    group: ClassVar[str] = "improve"
 
+    filter_side: FilterSide = "both"
+    drop_fraction: float | None = None
+    keep_fraction: float | None = None
     learning_rate: float = 5e-6
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check(self.group, self, drop_fraction=FRACTION, keep_fraction=FRACTION)
+        if self.drop_fraction is not None and self.keep_fraction is not None:
+            raise PipelineError("give one of improve.drop_fraction and improve.keep_fraction")
+
+    @property
+    def dropped(self) -> float | None:
+        """The share to drop; None where a share to keep is given."""
+        return DROPPED if self.drop_fraction is self.keep_fraction is None else self.drop_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,3 +364,7 @@ class EvaluateSettings:
     max_new_tokens: int = 48
     last_number: bool = False
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check("evaluate", self, max_new_tokens=COUNT, batch_size=COUNT)

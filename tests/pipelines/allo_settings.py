@@ -13,7 +13,7 @@ TINY: dict[str, Any] = {
     "sample": s.SampleSettings(num_samples=3, max_new_tokens=6),
     "warm_up": s.DPOSettings(learning_rate=1e-4, warmup_ratio=0.0),
     "locate": s.LocateSettings(forget_ratio=0.05, improve_ratio=0.1),
-    "token_rewards": s.TokenRewardSettings(learning_rate=1e-3, epochs=1),
+    "token_rewards": s.TokenRewardSettings(kind="edit", learning_rate=1e-3, epochs=1),
     "forget": s.ForgetSettings(learning_rate=1e-3),
     "improve": s.ImproveSettings(learning_rate=1e-3),
     "evaluate": s.EvaluateSettings(max_new_tokens=6),
