@@ -28,8 +28,10 @@ def correct(run: AlloRun, folder: Path) -> None:
     """Corrections of the wrong responses."""
     teacher, settings = None, run.token_rewards
     if settings.teacher == "model":
+        model, tokenizer = run.load(teacher_folder(run))
         teacher = Teacher(
-            *run.load(teacher_folder(run)),
+            model,
+            tokenizer,
             max_new_tokens=settings.teacher_max_new_tokens,
             temperature=settings.teacher_temperature,
             num_samples=settings.teacher_num_samples,

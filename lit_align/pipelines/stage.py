@@ -16,6 +16,8 @@ from lit_align.peak_memory import PeakMemory
 from lit_align.pipelines.manifest import STAGE_NAME, Manifest, StageRecord, load_manifest
 from lit_align.pipelines.run_folder import folder_lock, partial_folder, publish, recover, seal
 
+LOGS = "logs/"  # in a stage's folder: no other stage reads what is there
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -55,7 +57,7 @@ def run_stages(
     A stage writes into a hidden sibling of its folder that is made durable and renamed when it is
     done, so a folder under a stage's name is always complete. Its hash covers its config, its
     version, lit-align's version, the bytes of its files and, for earlier stages, their hash and
-    the bytes that they wrote; where it or an output's bytes have changed, the stage runs again and
+    the bytes that they wrote outside `logs/`; where it or an output changed, the stage runs again and
     its old outputs go when the new ones are whole. Stages of earlier runs that are not in `stages`
     stay on disk and in the manifest. A stage that raises leaves what it wrote, for you to look at,
     until the next run.
@@ -137,7 +139,9 @@ def _input_digest(
 ) -> dict[str, str]:
     if isinstance(given, str):
         record = done[given]
-        written = [record.hash, *(f"{file.path} {file.sha256}" for file in record.files)]
+        # Logs hold timings: what reads the stage does not run again because of them.
+        read = (file for file in record.files if not file.path.startswith(LOGS))
+        written = [record.hash, *(f"{file.path} {file.sha256}" for file in read)]
         return {"stage": given, "sha256": _digest("\n".join(written))}
     if given.is_file():
         return {"path": str(given), "sha256": sha256_of_file(given)}

@@ -99,6 +99,23 @@ def test_moving_an_input_or_the_run_changes_nothing(pipeline, tmp_path):
     assert pipeline.ran == []
 
 
+def test_what_a_stage_logs_is_recorded_but_nothing_depends_on_it(pipeline):
+    seconds = iter("12")
+    upper, twice = pipeline.stages()
+
+    def timed(folder: Path) -> None:
+        pipeline.upper(folder)
+        (folder / "logs").mkdir()
+        (folder / "logs" / "metrics.csv").write_text(next(seconds))
+
+    logged = [Stage("upper", {}, upper.inputs, timed), twice]
+    pipeline.run(logged)
+    shutil.rmtree(pipeline.output_dir / "upper")
+    records = pipeline.run(logged)
+    assert pipeline.ran == ["upper"]
+    assert [file.path for file in records["upper"].files] == ["logs/metrics.csv", "text.txt"]
+
+
 @pytest.mark.parametrize("harm", ["flip", "shorten", "remove", "remove_folder"])
 def test_a_damaged_output_is_made_again(pipeline, harm):
     pipeline.run()
