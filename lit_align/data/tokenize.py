@@ -34,6 +34,7 @@ from lit_align.data.schema import (
 from lit_align.errors import DataError
 
 Truncation: TypeAlias = Literal["keep_start", "keep_end", "error"]
+SAME_TOKENS = "chosen and rejected have the same tokens, as far as they are kept"
 TrainOn: TypeAlias = Literal["last", "all_assistant"]
 
 
@@ -45,6 +46,10 @@ class _Ids:
     response: list[int]
     token_weights: list[float] | None = None
     merged_boundary: bool = False
+
+
+def _tokens(sequence: TokenizedSequence) -> tuple[bytes, bytes]:
+    return sequence.prompt_ids.tobytes(), sequence.response_ids.tobytes()
 
 
 def tokenize_row(
@@ -106,7 +111,7 @@ class RowTokenizer:
         Raises:
             BadRowError: nothing to train on is left after truncation, the row is too long under
                 `error`, ids outside the vocabulary, weights that do not fit the response, or
-                messages that the chat template cannot render.
+                messages that the chat template cannot render; a pair whose sequences are the same.
         """
         if isinstance(row, PreferenceRow):
             parts: list[tuple[Content, list[float] | None, int]] = [
@@ -116,7 +121,10 @@ class RowTokenizer:
         else:
             forget = isinstance(row, UnlearningRow) and not row.retain
             parts = [(row.response, row.token_weights, REJECTED if forget else CHOSEN)]
-        return TokenizedRow(row_id, tuple(self._sequence(row.prompt, *part) for part in parts))
+        sequences = tuple(self._sequence(row.prompt, *part) for part in parts)
+        if len({_tokens(sequence) for sequence in sequences}) < len(sequences):
+            raise BadRowError(SAME_TOKENS, f"max_length {self.max_length}")
+        return TokenizedRow(row_id, sequences)
 
     def _sequence(
         self, prompt: Content, response: Content, weights: list[float] | None, role: int

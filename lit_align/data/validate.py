@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -21,6 +20,7 @@ from lit_align.data.schema import (
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 IDENTICAL = "chosen and rejected are identical"
+FP32_MAX = 3.4028234663852886e38
 FIRST_ROLES = ("system", "developer")
 
 
@@ -104,6 +104,11 @@ def _check_weights(weights: Any) -> None:
     if weights is None:
         return
     if not isinstance(weights, list) or not all(
-        isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in weights
+        isinstance(w, int | float) and not isinstance(w, bool) and abs(w) <= FP32_MAX
+        for w in weights
     ):
         raise BadRowError("token_weights is not a list of finite numbers")
+    if any(w < 0 for w in weights):
+        raise BadRowError("token_weights below 0", str(min(weights)))
+    if weights and not any(weights):
+        raise BadRowError("token_weights are all 0")

@@ -190,6 +190,13 @@ def test_truncation(truncation, max_length, prompt_ids, response_ids, weights):
     assert sequence.truncated == (max_length < 7)
 
 
+def test_a_pair_that_truncation_makes_the_same_is_a_bad_row():
+    pair = PreferenceRow([3, 4], [5, 6, 7], [5, 6, 8])
+    assert len(tokenize_row(pair, TOKENIZER, max_length=5).sequences) == 2
+    with pytest.raises(BadRowError, match="same tokens"):
+        tokenize_row(pair, TOKENIZER, max_length=4)
+
+
 @pytest.mark.parametrize(("truncation", "max_length"), [("keep_start", 3), ("error", 6)])
 def test_too_long(truncation, max_length):
     with pytest.raises(BadRowError, match="longer than max_length"):

@@ -17,7 +17,7 @@ GOOD = [
     SFTRow(turns("u"), turns("a")),
     SFTRow(turns("suau"), turns("a")),
     SFTRow([{"role": "system", "content": ""}, *turns("u")], turns("a")),
-    SFTRow([1], [2], [0.0]),
+    SFTRow([1], [2, 3], [0.0, 1e38]),
     PreferenceRow("q", "a", "b"),
     UnlearningRow("q", "a", [0, 1.5]),
 ]
@@ -54,6 +54,10 @@ BAD = [
     (SFTRow([1], [2], ["x"]), "token_weights is not a list of finite numbers"),
     (SFTRow([1], [2], [float("nan")]), "token_weights is not a list of finite numbers"),
     (SFTRow([1], [2], 1.0), "token_weights is not a list of finite numbers"),
+    (SFTRow([1], [2], [1e39]), "token_weights is not a list of finite numbers"),
+    (SFTRow([1], [2], [10**400]), "token_weights is not a list of finite numbers"),
+    (UnlearningRow("q", "a", [0.5, -0.1]), "token_weights below 0"),
+    (UnlearningRow("q", "a", [0, 0.0]), "token_weights are all 0"),
     (PreferenceRow("q", "a", "a"), "chosen and rejected are identical"),
     (PreferenceRow([1], [2], [3], None, [float("inf")]), "token_weights is not a list"),
 ]  # fmt: skip
