@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
 from lit_align.batch import PackedBatch
 from lit_align.compact import (
@@ -23,7 +24,11 @@ from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
 from lit_align.modules import reference_logps
 from lit_align.modules.checkpointed import CheckpointedModule
-from lit_align.modules.forward import per_token_logps, per_token_logps_with_statistics
+from lit_align.modules.forward import (
+    check_head,
+    per_token_logps,
+    per_token_logps_with_statistics,
+)
 from lit_align.modules.metric_log import Reported, masked_mean
 from lit_align.optim import MaskedAdamW
 
@@ -91,7 +96,12 @@ class LanguageModelModule(CheckpointedModule):
             reference: `cache` computes the reference's log-probs of all rows once before training;
                 `swap` swaps base values in at every step (needs a mask).
             reference_cache: folder to keep those log-probs in; None keeps them in memory.
+
+        Raises:
+            TrainingError: an unknown lr_scheduler or reference.
         """
+        check_choice("lr_scheduler", lr_scheduler, [s.value for s in SchedulerType])
+        check_choice("reference", reference, get_args(Reference))
         super().__init__()
         self.save_hyperparameters()
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -136,7 +146,9 @@ class LanguageModelModule(CheckpointedModule):
         )
         if h.delta:
             apply_delta(self.model, h.delta)
+            self.delta_checksum = Delta.load(h.delta).checksum
         nn.Module.to(self.model, self.trainer.strategy.root_device)
+        check_head(self.model)
         self.mask = self._requested_mask()
         if self.uses_reference and h.reference == "cache":
             self._attach_reference_logps()
@@ -182,7 +194,7 @@ class LanguageModelModule(CheckpointedModule):
         h: Any = self.hparams
         key = data.reference_key(split) | {
             "model": self.model.base_fingerprint,
-            "delta": h.delta and Delta.load(h.delta).checksum,
+            "delta": self.delta_checksum,
             "precision": str(self.trainer.precision),
         }
         path = Path(h.reference_cache) / f"{split}.safetensors" if h.reference_cache else None
@@ -329,6 +341,16 @@ class LanguageModelModule(CheckpointedModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a setting that is none of its choices.
+
+    Raises:
+        TrainingError: names them.
+    """
+    if value not in choices:
+        raise TrainingError(f"{name} {value!r}: choose one of {', '.join(choices)}")
 
 
 def _disable_dropout(model: nn.Module) -> None:

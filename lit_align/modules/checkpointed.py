@@ -22,6 +22,7 @@ class CheckpointedModule(LoggedModule):
     def __init__(self) -> None:
         super().__init__()
         self.language_model: PreTrainedModel | None = None
+        self.delta_checksum: str | None = None  # of the delta that the run starts from
 
     @property
     def model(self) -> PreTrainedModel:
@@ -46,13 +47,13 @@ class CheckpointedModule(LoggedModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the base and the mask that the trainable entries belong to."""
+        """Name the base, the mask and the delta that the trainable entries belong to."""
         done = self.throughput
         seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
         checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or mask.
+        """Refuse a checkpoint of another base, mask or delta.
 
         Raises:
             TrainingError: names both.
@@ -71,4 +72,19 @@ class CheckpointedModule(LoggedModule):
         return {
             "base_fingerprint": getattr(self.model, "base_fingerprint", None),
             "mask_digest": None if self.mask is None else self.mask.digest,
+            "delta_checksum": self.delta_checksum,
         }
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint, its tensors mapped from the file.
+
+    Raises:
+        TrainingError: the file is no checkpoint, or damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path}: not a checkpoint, or damaged") from error
+    return checkpoint

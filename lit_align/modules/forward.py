@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,25 +21,73 @@ from lit_align_kernels.token_logprobs import (
 
 def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The hidden states that predict the batch's targets: (N, D)."""
+    hidden = _hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    return hidden.flatten(0, 1).index_select(0, batch.hidden_index)
+
+
+def _hidden(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+) -> Tensor:
+    """The decoder's last hidden states: (R, T, D)."""
     decoder: Any = model.get_decoder()
     if decoder is None or decoder is model:
         raise ModelError(f"{type(model).__name__} has no decoder beneath its head")
     output = decoder(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
         use_cache=False,
     )
-    return output.last_hidden_state.flatten(0, 1).index_select(0, batch.hidden_index)
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Check that `decoder, head, scale, cap` is what this model does: its own logits are the same.
+
+    One forward of a few tokens, in evaluation mode and before `restrict`. Without it a model with
+    anything else between decoder and logits would train on wrong log-probs and say nothing.
+
+    Raises:
+        ModelError: the two differ, or the parts cannot be called so; names the architecture.
+    """
+    name = type(model).__name__
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(3, 11, device=model.device).remainder(vocabulary)[None]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    ones = torch.ones_like(ids)
+    head: Any = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ModelError(f"{name} has no head whose weight gives the logits: it cannot be trained")
+    try:
+        theirs = model(input_ids=ids, attention_mask=ones, use_cache=False).logits
+        hidden = _hidden(model, ids, ones, positions)
+        handle = head_handle(head)
+        ours = scaled_logits(model, F.linear(hidden, handle.weight, handle.bias))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{name} is not a decoder with a head upon it: {error}") from error
+    # Both go through the same products in the model's dtype: only the scaling's rounding may show.
+    allowed = 1e-5 + 4 * torch.finfo(theirs.dtype).eps * float(theirs.abs().max())
+    difference = _log_softmax(ours).sub(_log_softmax(theirs)).abs().max()
+    if not difference <= allowed and bool(theirs.isfinite().all()):
+        raise ModelError(
+            f"{name} makes its logits in a way that is not known here: log-probs from its decoder "
+            f"and head differ from its own by up to {difference:.3g} nats"
+        )
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), dim=-1)
 
 
 def head_settings(model: PreTrainedModel) -> dict[str, float | None]:
-    """How this model scales and caps its logits (Cohere, Granite, Gemma 2 and 3)."""
+    """How this model scales and caps its logits (Cohere, Granite, Falcon H1, Gemma 2 and 3)."""
     config = model.config.get_text_config()
     scale: float = getattr(config, "logit_scale", None) or 1.0
     scaling: float = getattr(config, "logits_scaling", None) or 1.0
+    multiplier: float = getattr(config, "lm_head_multiplier", None) or 1.0
     return {
-        "logit_scale": scale / scaling,
+        "logit_scale": scale * multiplier / scaling,
         "soft_cap": getattr(config, "final_logit_softcapping", None),
     }
 
