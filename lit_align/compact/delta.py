@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from lit_align.compact.state import links
 from lit_align.errors import DeltaError, MaskError
-from lit_align.language_model import load_language_model, save_language_model
+from lit_align.language_model import fingerprint, load_language_model, save_language_model
 from lit_align.localizers.stored import StoredParameters
 from lit_align.masks import ParameterMask, io, named_shapes
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import gather_entries, scatter_entries_
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+APPLIED = "lit_align_applied_mask"  # attribute of a model: entries that deltas have changed
 VALUES_PREFIX = "values."
 CHECKSUM = "delta_values_sha256"
 
@@ -97,23 +98,33 @@ def restricted_mask(model: nn.Module) -> ParameterMask:
     return mask
 
 
+def changed_mask(model: nn.Module) -> ParameterMask:
+    """Entries in which a restricted model may differ from its base, applied deltas included.
+
+    Raises:
+        DeltaError: the model is not restricted.
+    """
+    trained, applied = restricted_mask(model), getattr(model, APPLIED, None)
+    return trained if applied is None else applied | trained
+
+
 def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None = None) -> None:
     """Write the model's values at the mask's entries, with the base's fingerprint.
 
     Args:
         model: a restricted model, or any model with `mask` given.
         path: file to write, whole or not at all.
-        mask: entries to export; default those that the model was restricted to. Entries outside it
-            must hold the base's values for `merge` to give this model (say, N1 ∪ N2 after two
-            stages).
+        mask: entries to export; default those that the model was restricted to and those of the
+            deltas applied to it. Entries outside it must hold the base's values for `merge` to give
+            this model.
 
     Raises:
         DeltaError: no mask is known.
         MaskError: the mask belongs to another model.
     """
-    mask = restricted_mask(model) if mask is None else mask
-    fingerprint = getattr(model, "base_fingerprint", None)
-    mask.check_matches(_weight_shapes(model), fingerprint)
+    mask = changed_mask(model) if mask is None else mask
+    base = getattr(model, "base_fingerprint", None)
+    mask.check_matches(_weight_shapes(model), base)
     parameters = dict(model.named_parameters())
     values = {
         n: gather_entries(parameters[n].detach(), _entries_on(mask, n, parameters[n])).cpu()
@@ -121,7 +132,7 @@ def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None 
     }
     metadata = dataclasses.replace(
         mask.metadata,
-        base_fingerprint=mask.metadata.base_fingerprint or fingerprint,
+        base_fingerprint=mask.metadata.base_fingerprint or base,
         extra=mask.metadata.extra | {CHECKSUM: _checksum(values)},
     )
     extra = {VALUES_PREFIX + n: v for n, v in values.items()}
@@ -139,13 +150,15 @@ def _weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def apply_delta(model: AnyModule, path: str | Path) -> AnyModule:
-    """Write a delta's values into the model, in place.
+    """Write a delta's values into the model, in place; the model remembers which entries.
 
     Raises:
         DeltaError: the delta is damaged or belongs to another model.
     """
     delta = Delta.load(path)
     _write(model, delta.mask, iter(delta.values.items()), path)
+    applied = getattr(model, APPLIED, None)
+    setattr(model, APPLIED, delta.mask if applied is None else applied | delta.mask)
     return model
 
 
@@ -160,15 +173,23 @@ def revert_delta(
         base_dir: folder of the base; default the one the model was loaded from.
 
     Raises:
-        DeltaError: the delta is damaged or belongs to another model, or the base is unknown.
+        DeltaError: the delta is damaged or belongs to another model, or the base is unknown or not
+            the delta's.
     """
     folder = base_dir or getattr(model, "base_dir", None)
     if folder is None:
         raise DeltaError("revert reads the base's values: give base_dir")
     mask = Delta.load(path).mask
+    expected = mask.metadata.base_fingerprint
+    if expected is not None and (found := fingerprint(folder)) != expected:
+        raise DeltaError(
+            f"{path} belongs to another model: fingerprint {expected}, that of {folder} is {found}"
+        )
     stored = StoredParameters(folder, named_shapes(_weight_shapes(model)))
     values = ((n, gather_entries(stored.read(n), mask.entries(n))) for n in selected_names(mask))
     _write(model, mask, values, path)
+    if (applied := getattr(model, APPLIED, None)) is not None:
+        setattr(model, APPLIED, applied - mask)
     return model
 
 
@@ -191,11 +212,26 @@ def _write(
 
 
 def merge(base_dir: str | Path, delta_path: str | Path, out_dir: str | Path) -> Path:
-    """Write base + delta as an ordinary Hugging Face folder, in the base's dtype.
+    """Write base + delta as an ordinary Hugging Face folder.
+
+    It is in the base's dtype; where the delta's values are wider (a bf16 base trained in 32-true),
+    in theirs: so it is the trained model to the bit either way.
 
     Raises:
         DeltaError: the delta is damaged or belongs to another model.
         ModelError: the base cannot be read, or the output folder holds something else.
     """
     model, tokenizer = load_language_model(base_dir, dtype="auto")
+    if (wider := _wider_dtype(model, Delta.load(delta_path))) is not None:
+        model, tokenizer = load_language_model(base_dir, dtype=wider)
     return save_language_model(apply_delta(model, delta_path), tokenizer, out_dir)
+
+
+def _wider_dtype(model: nn.Module, delta: Delta) -> torch.dtype | None:
+    """The dtype that holds base and delta, where the base's own would round the delta's values."""
+    for name, parameter in model.named_parameters():
+        if name in delta.values:
+            both = torch.promote_types(parameter.dtype, delta.values[name].dtype)
+            if both != parameter.dtype:
+                return both
+    return None

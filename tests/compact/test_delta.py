@@ -109,6 +109,32 @@ def test_a_second_stage_is_exported_with_the_union(base_dir, tmp_path):
     assert_equal_weights(stored(tmp_path / "trained"), stored(tmp_path / "merged"))
 
 
+def test_without_a_mask_the_applied_delta_is_exported_too(base_dir, tmp_path):
+    base = base_dir("llama", torch.float32)
+    model, _ = load_language_model(base)
+    first, second = make_mask(model, seed=1), make_mask(model, "row", seed=2)
+    export_delta(train(model, first), tmp_path / "first")
+    model, _ = load_language_model(base)
+    train(apply_delta(model, tmp_path / "first"), second)
+    export_delta(model, tmp_path / "both")
+    assert Delta.load(tmp_path / "both").mask == first | second
+    model.save_pretrained(tmp_path / "trained")
+    merge(base, tmp_path / "both", tmp_path / "merged")
+    assert_equal_weights(stored(tmp_path / "trained"), stored(tmp_path / "merged"))
+    revert_delta(model, tmp_path / "first")
+    export_delta(model, tmp_path / "second")
+    assert Delta.load(tmp_path / "second").mask == second | (first - first)
+
+
+def test_a_16_bit_base_trained_in_fp32_is_merged_in_fp32(base_dir, tmp_path):
+    base = base_dir("llama", torch.bfloat16)
+    model, _ = load_language_model(base, dtype=torch.float32)
+    export_delta(train(model, make_mask(model), lr=1e-4), tmp_path / "d")
+    model.save_pretrained(tmp_path / "trained")
+    merge(base, tmp_path / "d", tmp_path / "merged")
+    assert_equal_weights(stored(tmp_path / "trained"), stored(tmp_path / "merged"))
+
+
 def test_a_wholly_selected_parameter_is_in_the_delta(base_dir, tmp_path):
     base = base_dir("llama", torch.float32)
     model, _ = load_language_model(base)
@@ -233,6 +259,14 @@ def test_export_needs_a_mask_of_this_model(tmp_path):
     with pytest.raises(MaskError):
         export_delta(tiny_model(), tmp_path / "d", foreign)
     assert not (tmp_path / "d").exists()
+
+
+def test_revert_from_another_base_is_refused(delta_path, base_dir, tmp_path):
+    model, _ = load_language_model(base_dir("llama", torch.float32))
+    apply_delta(model, delta_path)
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    with pytest.raises(DeltaError, match="another model"):
+        revert_delta(model, delta_path, other)
 
 
 def test_revert_without_a_known_base(delta_path):

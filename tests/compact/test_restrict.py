@@ -336,7 +336,7 @@ def test_errors():
 def test_a_weight_that_is_not_contiguous_is_refused(granularity):
     model = nn.Sequential(nn.Linear(4, 8))
     model[0].weight = nn.Parameter(torch.randn(4, 8).t())
-    with pytest.raises(ModelError, match="0.weight is not contiguous"):
+    with pytest.raises(ModelError, match=r"0\.weight is not contiguous"):
         restrict(model, make_mask(model, 0.5, granularity))
 
 

@@ -6,8 +6,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.callbacks import KeyParameterLocalization
+from lit_align.compact import export_delta, merge
 from lit_align.errors import TrainingError
+from lit_align.language_model import load_language_model
+from lit_align.masks import ParameterMask, named_shapes
+from lit_align.masks.granularity import Selection
 from lit_align.modules import MaskedDPO, SupervisedFineTuning
+from lit_align.pipelines.commands import export
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
 from tests.training_runs import (
     MemoryLogger,
@@ -140,6 +145,34 @@ def test_another_bases_checkpoint_is_refused(tiny_llama_dir, tmp_path):
             mask=tmp_path / "mask",
             ckpt_path=tmp_path / "checkpoints" / "step=1.ckpt",
         )
+
+
+def test_another_deltas_checkpoint_is_refused(tiny_llama_dir, tmp_path):
+    model, _ = load_language_model(tiny_llama_dir)
+    export_delta(model, tmp_path / "delta", random_mask(0.05))
+    random_mask().save(tmp_path / "mask")
+    delta = str(tmp_path / "delta")
+    fit(tiny_llama_dir, tmp_path, mask=tmp_path / "mask", epochs=1, rows=2, delta=delta)
+    path = tmp_path / "checkpoints" / "step=1.ckpt"
+    with pytest.raises(TrainingError, match="delta_checksum"):
+        fit(tiny_llama_dir, tmp_path, mask=tmp_path / "mask", ckpt_path=path)
+
+
+def test_export_of_a_deltad_run_gives_the_trained_model(tiny_llama_dir, tmp_path):
+    start, _ = load_language_model(tiny_llama_dir)
+    with torch.no_grad():
+        start.model.norm.weight.add_(0.5)
+    selections = {n: Selection.none(s) for n, s in named_shapes(start).items()}
+    selections["model.norm.weight"] = Selection.all((32,))
+    delta, mask = str(tmp_path / "delta"), str(tmp_path / "mask")
+    export_delta(start, delta, ParameterMask(selections))
+    random_mask().save(mask)
+    module, _ = fit(tiny_llama_dir, tmp_path, mask=mask, epochs=1, rows=2, delta=delta)
+    path = str(tmp_path / "checkpoints" / "step=1.ckpt")
+    export(str(tmp_path / "x.safetensors"), checkpoint=path, mask=mask)
+    merge(tiny_llama_dir, tmp_path / "x.safetensors", tmp_path / "merged")
+    merged, _ = load_language_model(tmp_path / "merged")
+    assert_equal_weights(merged.state_dict(), weights(module))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tiny_llama_dir, tmp_path):
