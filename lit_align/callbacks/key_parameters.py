@@ -94,11 +94,17 @@ class KeyParameterLocalization(lightning.Callback):
 
         Raises:
             MaskError: the file is damaged.
-            LocalizationError: there are no scores to select by.
+            LocalizationError: there are no scores to select by, or `weight_change` is asked of a
+                run that starts from a delta.
         """
         if self.mask is not None:
             return ParameterMask.load(self.mask)
         if self.method == "weight_change":
+            if module.hparams.get("delta"):
+                raise LocalizationError(
+                    "weight_change compares with the base, and this run starts from a delta of it, "
+                    "whose entries would all count as moved: merge the delta and start from that"
+                )
             return None
         if trainer.state.fn != TrainerFn.FITTING:
             return self._mask_of_the_fit(trainer)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_align.callbacks import KeyParameterLocalization, key_parameters
-from lit_align.compact import links
+from lit_align.compact import export_delta, links
 from lit_align.errors import LocalizationError, MaskError
 from lit_align.language_model import load_language_model
 from lit_align.localizers import magnitude_scores
@@ -256,3 +256,11 @@ def test_weight_change_where_nothing_moved(tiny_llama_dir, tmp_path):
     module = MaskedDPO(str(tiny_llama_dir), learning_rate=0.0)
     with pytest.raises(LocalizationError, match="32-true"):
         fit(module, preferences(4), tmp_path, KeyParameterLocalization("weight_change"))
+
+
+def test_weight_change_of_a_run_that_starts_from_a_delta_is_refused(tiny_llama_dir, tmp_path):
+    model, _ = load_language_model(tiny_llama_dir)
+    export_delta(model, tmp_path / "delta", random_mask())
+    module = SupervisedFineTuning(str(tiny_llama_dir), delta=str(tmp_path / "delta"))
+    with pytest.raises(LocalizationError, match="starts from a delta"):
+        fit(module, instructions(4), tmp_path, KeyParameterLocalization("weight_change"))
