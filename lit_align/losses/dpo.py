@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,16 +49,27 @@ def dpo_loss(
         ValueError: unknown loss type, beta or label_smoothing out of range, or smoothing asked of a
             loss that has none.
     """
-    if beta <= 0 or not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"beta {beta} must be > 0 and label_smoothing {label_smoothing} in [0, 0.5)"
-        )
-    if label_smoothing and loss_type in ("hinge", "ipo"):
-        raise ValueError(f"loss_type {loss_type} has no label smoothing")
+    check_dpo_settings(beta, label_smoothing, loss_type)
     chosen = policy_chosen_logps - ref_chosen_logps
     rejected = policy_rejected_logps - ref_rejected_logps
     losses = _losses(chosen - rejected, beta, label_smoothing, loss_type)
     return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def check_dpo_settings(beta: float, label_smoothing: float, loss_type: str) -> None:
+    """Check what `dpo_loss` takes.
+
+    Raises:
+        ValueError: see `dpo_loss`.
+    """
+    if not beta > 0 or not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"beta {beta} must be > 0 and label_smoothing {label_smoothing} in [0, 0.5)"
+        )
+    if loss_type not in get_args(DPOLossType):
+        raise ValueError(f"loss_type {loss_type!r}: choose sigmoid, hinge, ipo or robust")
+    if label_smoothing and loss_type in ("hinge", "ipo"):
+        raise ValueError(f"loss_type {loss_type} has no label smoothing")
 
 
 def _losses(h: Tensor, beta: float, smoothing: float, loss_type: DPOLossType) -> Tensor:
@@ -69,6 +80,4 @@ def _losses(h: Tensor, beta: float, smoothing: float, loss_type: DPOLossType) ->
         return (-(1 - smoothing) * right + smoothing * wrong) / (1 - 2 * smoothing)
     if loss_type == "hinge":
         return F.relu(1 - beta * h)
-    if loss_type == "ipo":
-        return (h - 1 / (2 * beta)) ** 2
-    raise ValueError(f"loss_type {loss_type!r}: choose sigmoid, hinge, ipo or robust")
+    return (h - 1 / (2 * beta)) ** 2

@@ -19,12 +19,21 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, beta: float = 0.1) -> Tens
 
     Returns:
         (B,) losses.
+
+    Raises:
+        ValueError: beta is not > 0.
     """
+    _check_beta(beta)
     return -(2 / beta) * F.logsigmoid(-beta * (policy_logps - ref_logps))
 
 
 def token_npo_losses(per_token_logps: Tensor, ref_per_token_logps: Tensor, beta: float) -> Tensor:
-    """−logσ(−β·(log π_t − log π_ref,t)) of every token, any shape (ALLO, arXiv 2406.12606)."""
+    """−logσ(−β·(log π_t − log π_ref,t)) of every token, any shape (ALLO, arXiv 2406.12606).
+
+    Raises:
+        ValueError: beta is not > 0.
+    """
+    _check_beta(beta)
     return -F.logsigmoid(-beta * (per_token_logps - ref_per_token_logps))
 
 
@@ -43,6 +52,9 @@ def token_weighted_npo_loss(
 
     Returns:
         Scalar; 0 where every weight is 0.
+
+    Raises:
+        ValueError: beta is not > 0.
     """
     counts = token_weights != 0
     # Left out before the loss, not after: a padded position may hold −inf, and its value and its
@@ -51,3 +63,8 @@ def token_weighted_npo_loss(
         per_token_logps.where(counts, 0.0), ref_per_token_logps.where(counts, 0.0), beta
     )
     return (token_weights * losses).sum() / counts.sum().clamp(min=1)
+
+
+def _check_beta(beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta {beta} must be > 0")

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from lit_align.batch import PackedBatch
-from lit_align.losses import DPOLossType, TokenFilter, dpo_loss, sequence_lengths, sequence_logps
+from lit_align.errors import TrainingError
+from lit_align.losses import (
+    DPOLossType,
+    TokenFilter,
+    check_dpo_settings,
+    dpo_loss,
+    sequence_lengths,
+    sequence_logps,
+)
 from lit_align.losses.token_filter import FilterSide
 from lit_align.modules.base import LanguageModelModule, Objective
 
@@ -49,7 +57,14 @@ class MaskedDPO(LanguageModelModule):
             filter_drop_fraction: drop the tokens with the highest reward, this share of a response.
             filter_keep_fraction: keep only the share with the lowest reward (the public code).
             **settings: see `LanguageModelModule`.
+
+        Raises:
+            TrainingError: a setting that the loss does not take.
         """
+        try:
+            check_dpo_settings(beta, label_smoothing, loss_type)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         super().__init__(model, **settings)
         self.save_hyperparameters()
         wanted = filter_drop_fraction is not None or filter_keep_fraction is not None

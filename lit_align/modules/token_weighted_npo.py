@@ -13,7 +13,7 @@ from lit_align.batch import PackedBatch
 from lit_align.compact import reference_policy
 from lit_align.errors import TrainingError
 from lit_align.losses import npo_loss, sequence_lengths, sequence_logps, token_npo_losses
-from lit_align.modules.base import LanguageModelModule, Objective
+from lit_align.modules.base import LanguageModelModule, Objective, check_choice
 from lit_align.modules.forward import scaled_logits, target_hidden
 
 KL_CHUNK = 128  # retained tokens whose full distributions exist at once
@@ -55,8 +55,13 @@ class TokenWeightedNPO(LanguageModelModule):
             **settings: see `LanguageModelModule`.
 
         Raises:
-            TrainingError: `retain: kl` without `reference: swap`.
+            TrainingError: beta is not > 0, an unknown loss_type or retain, or `retain: kl` without
+                `reference: swap`.
         """
+        if not beta > 0:
+            raise TrainingError(f"beta {beta} must be > 0")
+        check_choice("loss_type", loss_type, ("token", "sequence"))
+        check_choice("retain", retain, ("none", "nll", "kl"))
         super().__init__(model, **settings)
         self.save_hyperparameters()
         if retain == "kl" and self.settings.reference != "swap":

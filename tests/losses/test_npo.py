@@ -102,3 +102,13 @@ def test_no_weight_at_all():
     assert loss == 0
     assert policy.grad.tolist() == [0, 0]
     assert token_weighted_npo_loss(*(torch.empty(0) for _ in range(3))) == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
+def test_beta_is_positive(beta):
+    zeros = torch.zeros(2)
+    for call in (npo_loss, token_npo_losses):
+        with pytest.raises(ValueError, match="beta"):
+            call(zeros, zeros, beta)
+    with pytest.raises(ValueError, match="beta"):
+        token_weighted_npo_loss(zeros, zeros, zeros, beta)
