@@ -12,13 +12,16 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_align.callbacks import LogpsWriter
 from lit_align.errors import LitAlignError
 from lit_align.modules import LanguageModelModule
+from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.pipelines.allo import allo
 from lit_align.pipelines.commands import evaluate_files, export, localize
 
+CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 VERBS: dict[str, Callable[..., Any]] = {
     "allo": allo,
@@ -33,7 +36,7 @@ USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them
   test        the same on the test split
   predict     log-probs of every response
   allo        the whole ALLO pipeline: sample, warm up, locate, forget, improve, evaluate, export
-  localize    a mask of key parameters, from two model folders or from data
+  localize    a mask of key parameters, from two model folders, at random or by magnitude
   evaluate    accuracy of a model on a file: multiple_choice, exact_answer or preference
   export      a checkpoint as a sparse delta or as a Hugging Face folder
 """
@@ -45,6 +48,13 @@ class AlignCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the tokenizer to the model."""
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the checkpoint before Lightning reads its settings."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in CHECKPOINT_WORDS:
+            read_checkpoint(path)
+        super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """A Trainer with CSV and TensorBoard loggers by default."""
@@ -81,10 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(arguments)
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
-    except (LitAlignError, OSError, ValueError) as error:
+    except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:
         # jsonargparse wraps what the constructors of a config's classes raise.
-        cause = error.__cause__ if isinstance(error, ValueError) else error
-        if not isinstance(cause, LitAlignError | OSError):
+        wrapped = isinstance(error, ValueError) and error.__cause__ is not None
+        cause = error.__cause__ if wrapped else error
+        about_settings = verb in TRAINER_VERBS and isinstance(cause, ValueError)
+        if not isinstance(cause, LitAlignError | OSError | MisconfigurationException) and (
+            not about_settings
+        ):
             raise
         print(f"lit-align: {cause}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -64,12 +64,15 @@ class BadRows:
         lines += [f"  {bad.file}:{bad.line}: {bad.message}" for bad in self.rows[:SHOWN_ROWS]]
         return "\n".join(lines)
 
-    def raise_if_any(self) -> None:
-        """Raise a `DataError` with the report, unless every row was fine."""
+    def raise_if_any(self, *, can_skip: bool = True) -> None:
+        """Raise a `DataError` with the report, unless every row was fine.
+
+        Args:
+            can_skip: there is an option `on_bad_row` to go on without them.
+        """
         if self.rows:
-            raise DataError(
-                f"{self.report()}\nCorrect the rows, or go on without them by on_bad_row: skip."
-            )
+            skip = ", or go on without them by on_bad_row: skip" if can_skip else ""
+            raise DataError(f"{self.report()}\nCorrect the rows{skip}.")
 
     def write(self, folder: str | Path) -> Path:
         """Write the bad rows to `<folder>/rejected_rows.jsonl`, whole or not at all.

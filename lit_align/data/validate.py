@@ -57,7 +57,7 @@ def _kind(content: Content) -> str:
 def _check_content(part: str, content: Any) -> None:
     empty = "no response" if part == "response" else "empty prompt"
     if isinstance(content, str):
-        _check_text(content, empty)
+        check_text(content, empty)
     elif not isinstance(content, list):
         raise BadRowError(f"{part} is neither text, messages nor token ids", type(content).__name__)
     elif not content:
@@ -77,11 +77,16 @@ def _check_message(message: Any, empty: str) -> None:
     if extra := sorted(k for k, v in message.items() if v and k in ("tool_calls", "tools")):
         raise BadRowError("tool calls are not supported", ", ".join(extra))
     may_be_empty = message["role"] in FIRST_ROLES
-    _check_text(message["content"], None if may_be_empty else empty)
+    check_text(message["content"], None if may_be_empty else empty)
 
 
-def _check_text(text: str, empty: str | None) -> None:
-    """`empty` is the reason for blank text, None where it may be blank."""
+def check_text(text: str, empty: str | None) -> None:
+    """Raise BadRowError for damaged text.
+
+    Args:
+        text: of a row.
+        empty: the reason where it is blank; None where it may be.
+    """
     if empty and not text.strip():
         raise BadRowError(empty)
     if found := SURROGATE.search(text):

@@ -1,6 +1,11 @@
 """Generate, score and evaluate: how good a model is, with an interval."""
 
-from lit_align.evaluation.answers import extract_choice, extract_final_answer, normalise_number
+from lit_align.evaluation.answers import (
+    extract_choice,
+    extract_final_answer,
+    is_number,
+    normalise_number,
+)
 from lit_align.evaluation.generation import generate
 from lit_align.evaluation.intervals import wilson_interval
 from lit_align.evaluation.prompts import (
@@ -19,6 +24,7 @@ __all__ = [
     "extract_choice",
     "extract_final_answer",
     "generate",
+    "is_number",
     "normalise_number",
     "question_prompt",
     "response_logps",

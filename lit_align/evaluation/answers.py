@@ -32,10 +32,15 @@ def extract_final_answer(response: str, *, last_number: bool = False) -> str | N
     return None
 
 
+def is_number(text: str) -> bool:
+    """Whether an answer can be compared as a number: digits, a sign, commas, a decimal point."""
+    return re.fullmatch(_NUMBER, text.strip()) is not None
+
+
 def normalise_number(text: str) -> str:
     """One spelling a number: "1,200.50" → "1200.5", "7.0" → "7", "-0" → "0"; else the bare text."""
     text = text.strip()
-    if not re.fullmatch(_NUMBER, text):
+    if not is_number(text):
         return text.lower()
     number = Decimal(text.replace(",", ""))
     return f"{number.normalize():f}" if number else "0"

@@ -42,7 +42,8 @@ def stages_of(run: AlloRun) -> list[Stage]:
     common = as_config(run.machine)
     if files:
         files.append(base)  # rows are checked with its tokenizer
-    listed = [Stage("data", as_config(run.data), files, partial(stages.prepare_data, run))]
+    data = as_config(run.data) | ({"max_length": run.max_length} if files else {})
+    listed = [Stage("data", data, files, partial(stages.prepare_data, run))]
     if run.sft.enabled:
         listed.append(
             Stage(

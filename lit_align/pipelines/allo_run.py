@@ -71,6 +71,12 @@ class AlloRun:
         """The start, as an input of a stage."""
         return ["sft"] if self.sft.enabled else [self.start]
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens that every training of the policy takes."""
+        trained = [s for s in (self.sft, self.forget) if s.enabled]
+        return min(s.max_length for s in (*trained, self.warm_up, self.improve))
+
     def rows(self, stage: str, name: str) -> list[Row]:
         """Rows that a stage wrote."""
         return read_jsonl(self.output / stage / f"{name}.jsonl")

@@ -51,7 +51,7 @@ from lit_align.pipelines.training import (
 
 def prepare_data(run: AlloRun, folder: Path) -> None:
     """Train and held-out rows."""
-    train_rows, held_out = load_rows(run.data, load_tokenizer(run.model), folder)
+    train_rows, held_out = load_rows(run.data, load_tokenizer(run.model), folder, run.max_length)
     write_jsonl(folder / "train.jsonl", train_rows)
     write_jsonl(folder / "held_out.jsonl", held_out)
 

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
-import pickle
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
 from lit_align.compact import apply_delta, export_delta, load_trainable, restrict
-from lit_align.data.bad_rows import BadRowError, BadRows
-from lit_align.data.files import read_rows
+from lit_align.data import RowTokenizer
 from lit_align.errors import DataError, LocalizationError, TrainingError
 from lit_align.evaluation import evaluate
 from lit_align.language_model import load_language_model, resolve_model, save_language_model
 from lit_align.localizers import magnitude_scores, random_scores, select_by_weight_change
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
-from lit_align.modules.checkpointed import CHECKPOINT_KEY, PREFIX
-from lit_align.pipelines.rows import Row, preference_columns, write_json
+from lit_align.modules.checkpointed import CHECKPOINT_KEY, PREFIX, read_checkpoint
+from lit_align.pipelines.rows import Row, RowReader, write_json
+from lit_align.pipelines.settings import DataKind
 from lit_align.pipelines.training import inference_device
+
+Task: TypeAlias = Literal["multiple_choice", "exact_answer", "preference"]
+TASK_KINDS: dict[Task, DataKind] = {
+    "multiple_choice": "questions",
+    "exact_answer": "questions",
+    "preference": "preference",
+}
+TASK_FIELDS: dict[Task, tuple[str, ...]] = {
+    "multiple_choice": ("choices", "answer_index"),
+    "exact_answer": ("final_answer",),
+    "preference": (),
+}
 
 
 def localize(
@@ -71,7 +83,7 @@ def localize(
 def evaluate_files(
     model: str,
     data: str,
-    task: Literal["multiple_choice", "exact_answer", "preference"],
+    task: Task,
     delta: str | None = None,
     limit: int | None = None,
     output: str | None = None,
@@ -106,7 +118,7 @@ def evaluate_files(
     metrics = evaluate(
         language_model,
         tokenizer,
-        _evaluation_rows(data, task),
+        _evaluation_rows(data, task, tokenizer),
         task,
         limit=limit,
         mode=mode,
@@ -120,17 +132,16 @@ def evaluate_files(
     print(json.dumps({k: v for k, v in metrics.items() if k != "records"}))
 
 
-def _evaluation_rows(data: str, task: str) -> list[Row]:
-    """The rows of a file; preference pairs may have any format that training takes."""
-    bad_rows = BadRows()
-    rows = []
-    for number, columns in read_rows(data, bad_rows):
-        try:
-            rows.append(preference_columns(columns) if task == "preference" else columns)
-        except BadRowError as error:
-            bad_rows.add(data, number, error, columns)
-    bad_rows.raise_if_any()
-    return rows
+def _evaluation_rows(data: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows of a file; preference pairs may have any format that training takes.
+
+    Raises:
+        DataError: bad rows, all named together.
+    """
+    reader = RowReader(TASK_KINDS[task], RowTokenizer(tokenizer, sys.maxsize), TASK_FIELDS[task])
+    rows = reader.read(data)
+    reader.bad_rows.raise_if_any(can_skip=False)
+    return [row | {"chosen": row["target"]} for row in rows] if task == "preference" else rows
 
 
 def export(
@@ -176,12 +187,11 @@ def export(
 
 def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[Any, Any]:
     """The model of a checkpoint, its trained entries written into its weights."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        identity, state = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
-        settings = checkpoint["hyper_parameters"]
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"{path}: not a checkpoint of lit-align: {error}") from error
+    checkpoint = read_checkpoint(path)
+    if CHECKPOINT_KEY not in checkpoint:
+        raise TrainingError(f"{path}: not a checkpoint of lit-align")
+    identity, state = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
+    settings = checkpoint["hyper_parameters"]
     trained, tokenizer = load_language_model(model or settings["model"])
     if trained.base_fingerprint != identity["base_fingerprint"]:
         raise TrainingError(f"{path} was trained from another base than {model}")

@@ -17,11 +17,12 @@ from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.data.files import read_rows
 from lit_align.data.formats import FORMATS, parse_row
 from lit_align.data.schema import PreferenceRow, SFTRow, is_messages
-from lit_align.data.validate import check_row
+from lit_align.data.validate import check_row, check_text
 from lit_align.errors import DataError
 from lit_align.evaluation import (
     extract_choice,
     extract_final_answer,
+    is_number,
     normalise_number,
     question_prompt,
     target_response,
@@ -41,7 +42,10 @@ def as_response(prompt: Any, response: Any) -> Any:
 
 
 def load_rows(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int = sys.maxsize,
 ) -> tuple[list[Row], list[Row]]:
     """Train and held-out rows, each with `id`, `prompt` and `target` (the right response).
 
@@ -51,6 +55,8 @@ def load_rows(
         settings: which rows, and what becomes of bad ones.
         tokenizer: of the model: its special tokens must not stand in a row as text.
         folder: takes `rejected_rows.jsonl` where bad rows are skipped.
+        max_length: most tokens that every training takes: a row of a file whose prompt alone has
+            as many is a bad one.
 
     Raises:
         DataError: files are missing, or hold bad rows (all are named together) or none at all.
@@ -61,7 +67,7 @@ def load_rows(
         drawn = word_problems(settings.held_out_rows, "held_out", seed)
         held_out = [question_row(r) for r in drawn]
     else:
-        train, held_out = _rows_of_files(settings, tokenizer, folder)
+        train, held_out = _rows_of_files(settings, RowTokenizer(tokenizer, max_length), folder)
     for name, rows in (("train", train), ("held-out", held_out)):
         if not rows:
             raise DataError(f"there are no {name} rows: see the data settings")
@@ -71,11 +77,11 @@ def load_rows(
 
 
 def _rows_of_files(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path
+    settings: DataSettings, tokenize: RowTokenizer, folder: Path
 ) -> tuple[list[Row], list[Row]]:
     if not settings.train_files:
         raise DataError(f"data.kind {settings.kind} needs data.train_files")
-    reader = RowReader(settings.kind, RowTokenizer(tokenizer, max_length=sys.maxsize))
+    reader = RowReader(settings.kind, tokenize)
     files = [reader.read(file) for file in settings.train_files]
     held_out = [reader.read(file) for file in settings.held_out_files]
     if settings.on_bad_row == "error":
@@ -114,10 +120,18 @@ def _take_evenly(files: Sequence[list[Row]], count: int, seed: int) -> list[Row]
 
 @dataclasses.dataclass
 class RowReader:
-    """Reads files of one kind and collects their bad rows."""
+    """Reads files of one kind and collects their bad rows.
+
+    Attributes:
+        kind: of the rows.
+        tokenize: what they must be fit for.
+        required: columns that no row may lack.
+        bad_rows: of the files read so far.
+    """
 
     kind: DataKind
     tokenize: RowTokenizer
+    required: tuple[str, ...] = ()
     bad_rows: BadRows = dataclasses.field(default_factory=BadRows)
 
     def read(self, file: str) -> list[Row]:
@@ -136,6 +150,8 @@ class RowReader:
     def _checked(self, columns: Mapping[str, Any]) -> Row:
         """The row, if training and sampling can use it."""
         typed: PreferenceRow | SFTRow
+        if absent := [name for name in self.required if columns.get(name) is None]:
+            raise BadRowError(f"lacks {', '.join(absent)}")
         if self.kind == "preference":
             row = preference_columns(columns)
             row["target"] = row.pop("chosen")
@@ -144,9 +160,12 @@ class RowReader:
             row = question_row(columns)
             typed = SFTRow(row["prompt"], as_response(row["prompt"], row["target"]))
         check_row(typed)
+        for choice in row.get("choices", ()):
+            check_text(choice, "an empty choice")
         if not isinstance(typed.prompt, str) and not is_messages(typed.prompt):
-            raise BadRowError("token ids: a pipeline needs text")
-        for content in (row["prompt"], row["target"], row.get("rejected", "")):
+            raise BadRowError("token ids: text is needed here")
+        texts = (row["target"], row.get("rejected", ""), *row.get("choices", ()))
+        for content in (row["prompt"], *texts):
             if found := self.tokenize.encoder.special_tokens_in(content):
                 raise BadRowError("special token as text", found[0])
         self.tokenize(typed)
@@ -167,8 +186,11 @@ def question_row(columns: Mapping[str, Any]) -> Row:
     if choices is not None:
         if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
             raise BadRowError("choices is not a list of texts")
-        if columns.get("answer_index") not in range(len(choices)):
+        answer = columns.get("answer_index")
+        if type(answer) is not int or not 0 <= answer < len(choices):
             raise BadRowError("answer_index is not one of the choices")
+    elif not is_number(str(columns["final_answer"])):
+        raise BadRowError("final_answer is not a number", str(columns["final_answer"])[:40])
     try:
         prompt, target = question_prompt(columns), target_response(columns)
     except DataError as error:

@@ -41,7 +41,8 @@ class DataSettings:
             sampling is skipped).
         train_files: JSONL files; none for word problems.
         held_out_files: JSONL files; none: every `held_out_every`-th row of the train files.
-        train_rows: use so many (0: all), taken evenly from the files.
+        train_rows: use so many (0: all), taken evenly from the files; of word problems, make so
+            many (at least 1).
         held_out_rows: likewise.
         held_out_every: see `held_out_files`.
         seed: of the generator, and of the order of the rows.

@@ -57,8 +57,8 @@ def run_stages(
     A stage writes into a hidden sibling of its folder that is made durable and renamed when it is
     done, so a folder under a stage's name is always complete. Its hash covers its config, its
     version, lit-align's version, the bytes of its files and, for earlier stages, their hash and
-    the bytes that they wrote outside `logs/`; where it or an output changed, the stage runs again and
-    its old outputs go when the new ones are whole. Stages of earlier runs that are not in `stages`
+    the bytes that they wrote outside `logs/`; where it or an output changed, the stage runs again
+    and its old outputs go when the new ones are whole. Stages of earlier runs that `stages` lacks
     stay on disk and in the manifest. A stage that raises leaves what it wrote, for you to look at,
     until the next run.
 

@@ -55,7 +55,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     whole = damaged.read_bytes()
     for content in (whole, whole[: len(whole) // 2], b""):
         damaged.write_bytes(content)
-        with pytest.raises(TrainingError, match=r"damaged\.ckpt: not a checkpoint of lit-align"):
+        with pytest.raises(TrainingError, match=r"damaged\.ckpt: not a checkpoint"):
             export(str(tmp_path / "out"), checkpoint=str(damaged))
 
 
@@ -66,6 +66,32 @@ def test_evaluation_names_bad_rows_and_limits(tiny_llama_dir, tmp_path):
         evaluate_files(str(tiny_llama_dir), str(path), "preference")
     with pytest.raises(DataError, match="limit is -1"):
         evaluate_files(str(tiny_llama_dir), str(path), "exact_answer", limit=-1)
+
+
+EVALUATED = [
+    ("exact_answer", {"question": "a"}, "lacks final_answer"),
+    ("exact_answer", {"question": "a", "final_answer": "Paris"}, "final_answer is not a number"),
+    ("exact_answer", {"prompt": 5, "final_answer": "7"}, "prompt is neither text"),
+    ("exact_answer", {"prompt": [{"role": "user"}], "final_answer": 7}, "content is not text"),
+    ("exact_answer", {"question": "a\x00", "final_answer": 7}, "control character"),
+    ("exact_answer", {"question": "a\ud800", "final_answer": 7}, "surrogate"),
+    ("exact_answer", {"question": "a <|im_end|>", "final_answer": 7}, "special token as text"),
+    ("multiple_choice", {"question": "a", "choices": "ab", "answer_index": 1}, "list of texts"),
+    ("multiple_choice", {"question": "a", "choices": ["a"], "answer_index": "0"}, "answer_index"),
+    ("multiple_choice", {"question": "a", "choices": ["a"], "answer_index": 0.0}, "answer_index"),
+    ("multiple_choice", {"question": "a", "choices": ["a", ""], "answer_index": 0}, "empty choice"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "identical"),
+    ("preference", {"prompt": "a", "chosen": "b <|im_end|>", "rejected": "b"}, "special token"),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "reason"), EVALUATED)
+def test_rows_are_checked_before_they_are_scored(task, row, reason, tiny_llama_dir, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), "utf-8")
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{reason}") as error:
+        evaluate_files(str(tiny_llama_dir), str(path), task)
+    assert "on_bad_row" not in str(error.value)
 
 
 def test_a_delta_changes_what_is_evaluated(delta, tiny_llama_dir, tmp_path, capsys):

@@ -93,6 +93,7 @@ BAD_QUESTIONS = {
     "neither `choices` nor `final_answer`": {"question": "Why?"},
     "choices is not a list of texts": CHOICE | {"choices": "red"},
     "answer_index is not one of the choices": CHOICE | {"answer_index": 2},
+    "final_answer is not a number": {"question": "Where?", "final_answer": "Paris"},
     "special token as text": {"question": "<|im_end|>", "final_answer": "1"},
     "control character": {"question": "\x07", "final_answer": "1"},
     "empty prompt": {"question": " ", "final_answer": "1"},
@@ -103,9 +104,19 @@ def test_bad_questions_are_named_together(tmp_path):
     with pytest.raises(DataError) as error:
         load(tmp_path, {"a": [*BAD_QUESTIONS.values(), "{"]}, kind="questions")
     said = str(error.value)
-    assert "9 bad row(s)" in said and "2 x not JSON" in said
+    assert "10 bad row(s)" in said and "2 x not JSON" in said
     for line, reason in enumerate(BAD_QUESTIONS, 1):
         assert f"a.jsonl:{line}: {reason}" in said
+
+
+def test_a_prompt_that_leaves_no_room_for_a_response_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    long = NUMBER | {"question": "How many? " * 40}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*numbered(4), long]), "utf-8")
+    settings = DataSettings("questions", (str(path),), train_rows=0, held_out_rows=0)
+    assert len(load_rows(settings, tiny_tokenizer(), tmp_path)[0]) == 3
+    with pytest.raises(DataError, match=r"a\.jsonl:5: longer than max_length 64"):
+        load_rows(settings, tiny_tokenizer(), tmp_path, 64)
 
 
 def test_bad_pairs_are_named_together(tmp_path):
