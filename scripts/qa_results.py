@@ -35,9 +35,10 @@ def run_seed(seed: int, data: Path, output: Path, sizes: dict[str, int]) -> Path
 
 def table(results: list[dict]) -> str:
     """Markdown: accuracy over all seeds' answers with a 95 % interval, and each seed's."""
+    sources = list(results[0]["base"]["by_source"])
     lines = [
-        "| model | all seeds | 95 % interval | each seed | ECQA | QASC | OpenBookQA | ARC-easy |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| model | all seeds | 95 % interval | each seed | {' | '.join(sources)} |",
+        "|---" * (4 + len(sources)) + "|",
     ]
     for name in results[0]:
         rows = [r[name] for r in results]
@@ -46,7 +47,7 @@ def table(results: list[dict]) -> str:
         low, high = wilson_interval(right, n)
         seeds = ", ".join(f"{r['accuracy']:.1%}" for r in rows)
         by_source = []
-        for source in ("qa_ecqa", "qa_qasc", "qa_openbookqa", "qa_arc_easy"):
+        for source in sources:
             parts = [r["by_source"][source] for r in rows]
             share = sum(p["right"] for p in parts) / sum(p["n"] for p in parts)
             by_source.append(f"{share:.1%}")
