@@ -95,11 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # jsonargparse wraps what the constructors of a config's classes raise.
         wrapped = isinstance(error, ValueError) and error.__cause__ is not None
         cause = error.__cause__ if wrapped else error
-        about_settings = verb in TRAINER_VERBS and isinstance(cause, ValueError)
-        if not isinstance(cause, LitAlignError | OSError | MisconfigurationException) and (
-            not about_settings
-        ):
-            raise
+        if not isinstance(cause, LitAlignError | OSError | MisconfigurationException):
+            raise  # a defect of ours: its traceback is wanted
         print(f"lit-align: {cause}", file=sys.stderr)
         raise SystemExit(1) from error
 
