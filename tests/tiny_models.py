@@ -53,20 +53,45 @@ def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0) -> PreT
     torch.manual_seed(seed)
     if kind == "llama":
         config = LlamaConfig(
-            vocab_size=384, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
     elif kind == "gpt2":
         config = GPT2Config(
-            vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=384,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
     elif kind == "mixtral":
         config = MixtralConfig(
-            vocab_size=384, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
-            num_experts_per_tok=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
             pad_token_id=0,
         )
     else:
