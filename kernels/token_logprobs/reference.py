@@ -11,6 +11,7 @@ neither ever holds more than (N, block) of them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ class TokenStatistics:
     mean_logit: Tensor
 
 
+def _blocks(weight: Tensor, s: HeadSettings) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each block of the vocabulary."""
+    for start in range(0, weight.shape[0], s.block):
+        yield start, min(weight.shape[0], start + s.block)
+
+
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int, s: HeadSettings
 ) -> Tensor:
@@ -70,8 +77,7 @@ def forward(
     logsumexp = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=torch.float32)
     # NaN, not empty: on a GPU targets are not checked, and a stray one must not read old memory.
     target_logit = torch.full_like(logsumexp, torch.nan)
-    for start in range(0, weight.shape[0], s.block):
-        stop = min(weight.shape[0], start + s.block)
+    for start, stop in _blocks(weight, s):
         logits = _logits(hidden, weight, bias, start, stop, s)
         _take_targets(logits, targets, start, stop, target_logit)
         torch.logaddexp(logsumexp, torch.logsumexp(logits, dim=1), out=logsumexp)
@@ -120,8 +126,7 @@ def backward(
     if needs_weight:
         size = weight.shape if entries is None else (entries.numel,)
         grad_weight = torch.empty(size, dtype=torch.float32, device=weight.device)
-    for start in range(0, weight.shape[0], s.block):
-        stop = min(weight.shape[0], start + s.block)
+    for start, stop in _blocks(weight, s):
         d_logits = _logit_gradient(grad, logsumexp, hidden, weight, bias, targets, s, start, stop)
         if grad_bias is not None:
             grad_bias[start:stop] = d_logits.sum(0)
@@ -191,8 +196,7 @@ def statistics(
     expected_logit = torch.zeros_like(logsumexp)
     total, best = torch.zeros_like(logsumexp), torch.full_like(logsumexp, -torch.inf)
     best_id = torch.zeros_like(targets)
-    for start in range(0, weight.shape[0], s.block):
-        stop = min(weight.shape[0], start + s.block)
+    for start, stop in _blocks(weight, s):
         logits = _logits(hidden, weight, bias, start, stop, s)
         total += logits.sum(1)
         block_best, block_id = logits.max(1)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_align.gguf_alias import ALIAS
-from lit_align.language_model import (
-    resolve_model,
-)
+from lit_align.language_model import resolve_model
 from lit_align.pipelines import allo_rewards as rewards
 from lit_align.pipelines import allo_stages as stages
 from lit_align.pipelines.allo_evaluation import evaluator
@@ -29,9 +27,7 @@ from lit_align.pipelines.settings import (
 )
 from lit_align.pipelines.stage import Stage, run_stages
 from lit_align.pipelines.summary import summarise
-from lit_align.pipelines.training import (
-    as_config,
-)
+from lit_align.pipelines.training import as_config
 
 
 def stages_of(run: AlloRun) -> list[Stage]:
