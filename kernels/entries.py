@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Entries:
             `elements`.
         row_offsets: (rows + 1,) int64: the positions of row r are
             `positions[row_offsets[r]:row_offsets[r + 1]]`; only for `elements`.
+        cache: tables that kernels derive from the entries once; they stand on the same device.
     """
 
     kind: Literal["all", "rows", "elements"]
@@ -32,6 +33,7 @@ class Entries:
     rows: Tensor | None = None
     positions: Tensor | None = None
     row_offsets: Tensor | None = None
+    cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -51,10 +53,25 @@ class Entries:
             return self.shape[0]
         return self.shape[-1] if self.shape else 1
 
+    def bitmap(self) -> Tensor:
+        """The selected elements as bits: (ceil(numel of the weight / 32),) int32 words.
+
+        Bit i of word w is the row-major position 32·w + i. Made once; only for `elements`.
+        """
+        if "bitmap" not in self.cache:
+            assert self.positions is not None
+            words = -(-math.prod(self.shape) // 32)
+            bits = torch.ones_like(self.positions, dtype=torch.int32) << (self.positions & 31).int()
+            empty = torch.zeros(words, dtype=torch.int32, device=self.positions.device)
+            # Positions differ, so that adding the bits of a word is joining them.
+            self.cache["bitmap"] = empty.index_add_(0, (self.positions >> 5).int(), bits)
+        return self.cache["bitmap"]
+
     def to(self, device: torch.device) -> Entries:
         """The same entries with the index tensors on `device` (self where they already are)."""
         tensors = (self.rows, self.positions, self.row_offsets)
-        moved = tuple(None if t is None else t.to(device) for t in tensors)
+        rows, positions, row_offsets = (None if t is None else t.to(device) for t in tensors)
+        moved = (rows, positions, row_offsets)
         if all(new is old for new, old in zip(moved, tensors, strict=True)):
             return self
-        return Entries(self.kind, self.shape, self.axis, *moved)
+        return Entries(self.kind, self.shape, self.axis, rows, positions, row_offsets)

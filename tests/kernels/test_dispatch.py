@@ -28,20 +28,34 @@ def test_auto_is_torch_where_no_kernel_exists():
         ("auto", GPU, "triton"),
         ("auto", CPU, "torch"),
         ("triton", GPU, "triton"),
-        ("triton", CPU, "triton"),
         ("torch", GPU, "torch"),
         ("torch", CPU, "torch"),
     ],
 )
 def test_an_operation_with_a_kernel(monkeypatch, choice, device, expected):
-    monkeypatch.setattr(dispatch, "TRITON_OPERATIONS", frozenset({"some_operation"}))
     monkeypatch.setenv("LIT_ALIGN_KERNELS", choice)
-    assert implementation_for("some_operation", device) == expected
+    assert implementation_for("masked_adamw", device) == expected
+
+
+def test_on_a_cpu_a_kernel_runs_in_the_interpreter_alone(monkeypatch):
+    monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
+    with pytest.raises(NotImplementedError, match="masked_adamw cannot run in Triton here.*cpu"):
+        implementation_for("masked_adamw", CPU)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", True)
+    assert implementation_for("masked_adamw", CPU) == "triton"
+
+
+def test_without_triton_a_gpu_runs_torch(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: False)
+    assert implementation_for("masked_adamw", GPU) == "torch"
+    monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
+    with pytest.raises(NotImplementedError, match="triton is not installed"):
+        implementation_for("masked_adamw", GPU)
 
 
 def test_asking_for_a_kernel_that_does_not_exist_is_an_error(monkeypatch):
     monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
-    with pytest.raises(NotImplementedError, match="some_operation has no Triton kernel"):
+    with pytest.raises(NotImplementedError, match="some_operation cannot run in Triton"):
         implementation_for("some_operation", GPU)
 
 

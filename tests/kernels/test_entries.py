@@ -49,3 +49,17 @@ def test_row_offsets_of_the_cases_delimit_rows(shape):
         first, last = entries.row_offsets[row : row + 2].tolist()
         assert ((entries.positions[first:last] // shape[-1]) == row).all()
     assert entries.row_offsets[-1] == entries.numel
+
+
+@pytest.mark.parametrize("kind", ["elements", "elements in int64", "elements, every"])
+def test_bitmap_has_a_bit_for_every_position(kind):
+    entries = entries_of(kind, (11, 7))
+    words = entries.bitmap()
+    assert words.shape == (3,) and words.dtype == torch.int32
+    bits = (words[:, None] >> torch.arange(32)) & 1
+    assert torch.equal(bits.reshape(-1).nonzero()[:, 0], entries.positions.long())
+    assert entries.bitmap() is words
+
+
+def test_bitmap_of_nothing():
+    assert not entries_of("elements, none", (11, 7)).bitmap().any()

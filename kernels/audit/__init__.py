@@ -1,0 +1,1 @@
+"""What can be proved about a Triton kernel without a GPU: values, compiled code, bytes moved."""
