@@ -10,26 +10,47 @@ from lit_align_kernels.entries import Entries
 BLOCK_ENTRIES = 1 << 20  # entries of the dense product that exist at once (4 MiB in fp32)
 
 
-def masked_weight_grad(a: Tensor, b: Tensor, entries: Entries) -> Tensor:
-    """See `lit_align_kernels.masked_weight_grad.masked_weight_grad`."""
-    if entries.kind == "all":
-        return (a.t() @ b).reshape(-1).float()
+def masked_weight_grad(
+    a: Tensor, b: Tensor, entries: Entries, out: Tensor, accumulate: bool
+) -> None:
+    """Write the selected entries of `aᵀ b` to `out`, or add them; see the package's function."""
+    if entries.kind == "elements":
+        _elements(a, b, entries, out, accumulate)
+        return
     if entries.kind == "rows":
         assert entries.rows is not None
         if entries.axis == 1:
             a, b = b, a
-        return (a.index_select(1, entries.rows).t() @ b).reshape(-1).float()
-    return _elements(a, b, entries)
+        a = a.index_select(1, entries.rows)
+    product = out.view(a.shape[1], b.shape[1])
+    if a.dtype != out.dtype:
+        dense = a.t() @ b
+        product.add_(dense) if accumulate else product.copy_(dense)
+    elif accumulate:
+        product.addmm_(a.t(), b)
+    else:
+        torch.mm(a.t(), b, out=product)
 
 
-def _elements(a: Tensor, b: Tensor, entries: Entries) -> Tensor:
-    out = torch.empty(entries.numel, dtype=torch.float32, device=a.device)
+def _elements(a: Tensor, b: Tensor, entries: Entries, out: Tensor, accumulate: bool) -> None:
+    assert entries.positions is not None and entries.row_offsets is not None
     rows, width = entries.shape
     step = max(1, BLOCK_ENTRIES // width)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        gather_block(a[:, start:stop].t() @ b, entries, start, stop, out)
-    return out
+    # One buffer for all blocks: fresh memory for each costs as much as its product.
+    buffer = torch.empty(min(step, rows), width, dtype=a.dtype, device=a.device)
+    bounds = [*entries.row_offsets[:-1:step].tolist(), entries.numel]
+    for i, start in enumerate(range(0, rows, step)):
+        first, last = bounds[i : i + 2]
+        if first == last:
+            continue
+        block = buffer[: min(step, rows - start)]
+        torch.mm(a[:, start : start + step].t(), b, out=block)
+        local = entries.positions[first:last] - start * width
+        if accumulate or block.dtype != out.dtype:
+            chosen = block.view(-1).index_select(0, local)
+            out[first:last].add_(chosen) if accumulate else out[first:last].copy_(chosen)
+        else:
+            torch.index_select(block.view(-1), 0, local, out=out[first:last])
 
 
 def gather_block(block: Tensor, entries: Entries, start: int, stop: int, out: Tensor) -> None:
