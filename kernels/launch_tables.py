@@ -1,0 +1,113 @@
+"""Tables with which one launch handles the selected entries of many parameters.
+
+A parameter is a row of addresses and numbers (`selected_positions` names the columns); a program
+looks up which parameter, and which block of its entries, is its own. What depends on the mask alone
+is made once and kept with the `Entries`; nothing here waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_align_kernels.entries import Entries
+
+VECTOR_BYTES = 16
+MOST_POSITIONS_PER_ENTRY = 32  # of a bitmap: with more, int32 positions are the shorter list
+
+
+def block_entries() -> int:
+    """Entries of a block: 8 for every thread of 4 warps (of 32 threads, of 64 on AMD)."""
+    return 2048 if torch.version.hip else 1024
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether 16-byte accesses may be used on every one of these."""
+    return all(t is None or t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the tensor's GPU; nothing to do for the interpreter's CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def place(
+    weight: Tensor | None, entries: Entries | None, numel: int, block: int
+) -> tuple[tuple[str, str, bool], list[int]]:
+    """How the kernels find `numel` entries of `weight`.
+
+    Returns:
+        the constexprs KIND, INDEX_TYPE ("int32" or "int64") and EVEN, and the columns up to OWN of
+        the parameter's row.
+    """
+    if weight is not None and not weight.is_contiguous():
+        raise ValueError("the weight must be contiguous: its entries are counted row-major")
+    if weight is None or entries is None or entries.kind == "all":
+        address = 0 if weight is None else weight.data_ptr()
+        return ("all", "int64", aligned(weight)), [numel, address, 0, 0, 0, 0, 0, 0]
+    if entries.kind == "rows":
+        return _place_rows(weight, entries, block)
+    return _place_elements(weight, entries, block)
+
+
+def _place_rows(
+    weight: Tensor, entries: Entries, block: int
+) -> tuple[tuple[str, str, bool], list[int]]:
+    assert entries.rows is not None
+    rows, length = entries.rows, entries.row_length
+    strides = [1, weight.shape[1]] if entries.axis == 1 else [length, 1]
+    even = entries.axis == 0 and length % VECTOR_BYTES == 0 and aligned(weight)
+    kind = "rows" if length >= block else "short_rows"
+    numbers = [entries.numel, weight.data_ptr(), rows.data_ptr(), 0, length, *strides, len(rows)]
+    return (kind, "int64", even), numbers
+
+
+def _place_elements(
+    weight: Tensor, entries: Entries, block: int
+) -> tuple[tuple[str, str, bool], list[int]]:
+    assert entries.positions is not None
+    positions, numel = entries.positions, entries.numel
+    if math.prod(entries.shape) > MOST_POSITIONS_PER_ENTRY * numel:
+        index_type = "int64" if positions.dtype == torch.int64 else "int32"
+        address = positions.data_ptr()
+        numbers = [numel, weight.data_ptr(), address, 0, 0, 0, 0, 0]
+        return ("index", index_type, aligned(positions)), numbers
+    words, spans = entries.bitmap(), _spans(entries, block)
+    numbers = [numel, weight.data_ptr(), words.data_ptr(), spans.data_ptr(), 0, 0, 0, 0]
+    return ("bitmap", "int32", False), numbers
+
+
+def _spans(entries: Entries, block: int) -> Tensor:
+    """Word of the first entry of every block and its rank in that word; then the last word."""
+    key = f"spans of {block}"
+    if key not in entries.cache:
+        assert entries.positions is not None
+        positions = entries.positions.long()
+        at = torch.arange(0, positions.numel() + block, block, device=positions.device)
+        at[-1] = positions.numel() - 1
+        words = positions[at] >> 5
+        rank = at - torch.searchsorted(positions, words << 5)
+        entries.cache[key] = torch.stack([words, rank], 1).int().contiguous()
+    return entries.cache[key]
+
+
+@functools.lru_cache(maxsize=256)
+def programs(numels: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """Parameter and block of every program of a launch: (programs, 2) int32."""
+    blocks = torch.tensor([-(-numel // block) for numel in numels])
+    parameter = torch.repeat_interleave(torch.arange(len(numels)), blocks)
+    first = torch.cumsum(blocks, 0) - blocks
+    block_number = torch.arange(len(parameter)) - first[parameter]
+    return torch.stack([parameter, block_number], 1).int().to(device)
+
+
+def parameter_table(rows: list[list[int]], device: torch.device) -> Tensor:
+    """The rows of a launch on its device, padded to equal length: (parameters, 16) int64."""
+    table = torch.zeros(len(rows), 16, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table[:, : len(rows[0])] = torch.tensor(rows)
+    return table.to(device, non_blocking=True)

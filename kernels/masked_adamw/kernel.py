@@ -1,0 +1,320 @@
+"""AdamW on the selected entries of many parameters in one launch, in Triton.
+
+A program reads gradient, moments and master of a block of entries once, and writes the moments, the
+master and the weight once. Equation: `reference.py`. Bias corrections come from the step counts on
+the device, which are incremented by an operation of their own before the launch, since every
+program of a parameter reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lit_align_kernels import launch_tables
+from lit_align_kernels.masked_adamw.reference import AdamWEntry
+from lit_align_kernels.selected_positions import (
+    NUMEL,
+    OWN,
+    WEIGHT,
+    entries_of_program,
+    field,
+    pointer,
+    positions_in_block,
+    positions_of_rest,
+    rest_of_block,
+)
+
+TILE = 512  # words of a bitmap in one step: the span of a block where every sixteenth is selected
+NUM_WARPS = 4
+
+MASTER = tl.constexpr(OWN.value)
+GRAD = tl.constexpr(OWN.value + 1)
+EXP_AVG = tl.constexpr(OWN.value + 2)
+EXP_AVG_SQ = tl.constexpr(OWN.value + 3)
+STEP = tl.constexpr(OWN.value + 4)
+SEED = tl.constexpr(OWN.value + 5)
+NUMBER = tl.constexpr(OWN.value + 6)  # of the parameter in the batch
+
+
+@triton.jit
+def bias_correction(log_beta, step):
+    """1 − βᵗ without cancellation: −(exp(x) − 1) at x = t·ln β, by its series where |x| < 1/2."""
+    x = step * log_beta
+    series = 1 + x / 8
+    series = 1 + x / 7 * series
+    series = 1 + x / 6 * series
+    series = 1 + x / 5 * series
+    series = 1 + x / 4 * series
+    series = 1 + x / 3 * series
+    series = 1 + x / 2 * series
+    return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def aligned_grad(
+    address, start, whole, dtype: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradients of lanes below `whole` where 16 does not divide the gradient's address.
+
+    Read from the multiple of 16 below it, then shifted into place. The few entries read too many
+    lie in the same 16 bytes as the first one.
+    """
+    shift = ((address % 16) // BYTES).to(tl.int32)
+    grad = tl.multiple_of((address - address % 16).to(tl.pointer_type(dtype)), 16) + start
+    lane, beyond = tl.arange(0, BLOCK), tl.arange(0, 16)
+    main = tl.load(grad + lane, mask=lane < whole, other=0.0).to(tl.float32)  # stream
+    left = beyond < tl.where(whole > 0, shift, 0)
+    rest = tl.load(grad + whole + beyond, mask=left, other=0.0).to(tl.float32)  # stream
+    source = lane + shift
+    shifted = tl.gather(main, tl.minimum(source, BLOCK - 1), 0)
+    last = tl.gather(rest, tl.minimum(tl.maximum(source - whole, 0), 15), 0)
+    return tl.where(source < whole, shifted, last)
+
+
+@triton.jit
+def adamw(exp_avg, exp_avg_sq, master, grad, settings):
+    """The equation; moments and master after the step."""
+    step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps = settings
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    root = tl.sqrt(exp_avg_sq) / correction2 + eps
+    return exp_avg, exp_avg_sq, master * decay - step_size * (exp_avg / root)
+
+
+@triton.jit
+def update_block(
+    parameter, start, numel, rest, scale, settings,
+    KIND: tl.constexpr, INDEX_TYPE: tl.constexpr, EVEN: tl.constexpr, MASTER_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, GRAD_BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Entries of one block up to a multiple of 16, so that masks do not break accesses up."""
+    lane = tl.arange(0, BLOCK)
+    count = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    whole = tl.multiple_of(count // 16 * 16, 16)
+    mask = lane < whole
+    positions = lane
+    if WEIGHT_TYPE is not None:
+        positions = positions_in_block(parameter, start, count, KIND, INDEX_TYPE, EVEN, BLOCK, TILE)
+        rest = rest_of_block(rest, positions, whole, count, KIND)
+    if GRAD_ALIGNED:
+        grad_ptr = pointer(parameter, GRAD, True, GRAD_TYPE) + start + lane
+        grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)  # stream
+    else:
+        grad = aligned_grad(field(parameter, GRAD), start, whole, GRAD_TYPE, GRAD_BYTES, BLOCK)
+    exp_avg_ptr = pointer(parameter, EXP_AVG, ALIGNED, tl.float32) + start + lane
+    exp_avg_sq_ptr = pointer(parameter, EXP_AVG_SQ, ALIGNED, tl.float32) + start + lane
+    master_ptr = pointer(parameter, MASTER, ALIGNED, MASTER_TYPE) + start + lane
+    exp_avg = tl.load(exp_avg_ptr, mask=mask, other=0.0)  # stream
+    exp_avg_sq = tl.load(exp_avg_sq_ptr, mask=mask, other=0.0)  # stream
+    master = tl.load(master_ptr, mask=mask, other=0.0).to(tl.float32)  # stream
+    exp_avg, exp_avg_sq, master = adamw(exp_avg, exp_avg_sq, master, grad * scale, settings)
+    tl.store(exp_avg_ptr, exp_avg, mask=mask)  # stream
+    tl.store(exp_avg_sq_ptr, exp_avg_sq, mask=mask)  # stream
+    tl.store(master_ptr, master.to(MASTER_TYPE), mask=mask)  # stream
+    if WEIGHT_TYPE is not None:
+        weight = pointer(parameter, WEIGHT, EVEN, WEIGHT_TYPE) + positions
+        tl.store(weight, master.to(WEIGHT_TYPE), mask=mask)  # scattered
+    return rest
+
+
+@triton.jit
+def update_rest(
+    parameter, whole, numel, rest, scale, settings,
+    KIND: tl.constexpr, INDEX_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+):  # fmt: skip
+    """The last entries of a parameter, up to 15.
+
+    The moments are the two rows of one tile here: half as many narrow accesses.
+    """
+    entry = whole + tl.arange(0, 16)
+    mask = entry < numel
+    moment = tl.arange(0, 2)[:, None]
+    address = tl.load(parameter + EXP_AVG + moment)  # table
+    moments_ptr = address.to(tl.pointer_type(tl.float32)) + entry[None, :]
+    master_ptr = pointer(parameter, MASTER, False, MASTER_TYPE) + entry
+    grad_ptr = pointer(parameter, GRAD, False, GRAD_TYPE) + entry
+    moments = tl.load(moments_ptr, mask=mask[None, :], other=0.0)  # stream
+    master = tl.load(master_ptr, mask=mask, other=0.0).to(tl.float32)  # stream
+    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32) * scale  # stream
+    exp_avg = tl.sum(tl.where(moment == 0, moments, 0.0), 0)
+    exp_avg_sq = tl.sum(tl.where(moment == 1, moments, 0.0), 0)
+    exp_avg, exp_avg_sq, master = adamw(exp_avg, exp_avg_sq, master, grad, settings)
+    moments = tl.where(moment == 0, exp_avg[None, :], exp_avg_sq[None, :])
+    tl.store(moments_ptr, moments, mask=mask[None, :])  # stream
+    tl.store(master_ptr, master.to(MASTER_TYPE), mask=mask)  # stream
+    if WEIGHT_TYPE is not None:
+        at = positions_of_rest(parameter, entry, mask, rest, KIND, INDEX_TYPE)
+        weight = pointer(parameter, WEIGHT, False, WEIGHT_TYPE) + at
+        tl.store(weight, master.to(WEIGHT_TYPE), mask=mask)  # scattered
+
+
+@triton.jit
+def masked_adamw_kernel(
+    table, programs, grad_scale, lr, decay, beta1, one_minus_beta1, log_beta1,
+    beta2, one_minus_beta2, log_beta2, eps,
+    KIND: tl.constexpr, INDEX_TYPE: tl.constexpr, EVEN: tl.constexpr, MASTER_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, GRAD_BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A few blocks of one parameter's entries, and what of them fills no 16."""
+    parameter, start = entries_of_program(table, programs, BLOCK * BLOCKS)
+    numel = field(parameter, NUMEL)
+    step = tl.load(tl.load(parameter + STEP).to(tl.pointer_type(tl.float32)))  # table
+    step_size = lr / bias_correction(log_beta1, step)
+    correction2 = tl.sqrt(bias_correction(log_beta2, step))
+    settings = (
+        step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps
+    )  # fmt: skip
+    scale = 1.0
+    if grad_scale is not None:
+        scale = tl.load(grad_scale)  # table
+    rest = tl.zeros((16,), tl.int64)
+    for block in tl.static_range(BLOCKS):
+        if start + block * BLOCK < numel:
+            rest = update_block(
+                parameter, start + block * BLOCK, numel, rest, scale, settings, KIND, INDEX_TYPE,
+                EVEN, MASTER_TYPE, WEIGHT_TYPE, GRAD_TYPE, GRAD_BYTES, ALIGNED, GRAD_ALIGNED,
+                BLOCK, TILE,
+            )  # fmt: skip
+    whole = numel // 16 * 16
+    if (whole < numel) & (start <= whole) & (whole < start + BLOCK * BLOCKS):
+        update_rest(
+            parameter, whole, numel, rest, scale, settings, KIND, INDEX_TYPE, MASTER_TYPE,
+            WEIGHT_TYPE, GRAD_TYPE,
+        )  # fmt: skip
+
+
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    None: None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What the parameters of one launch have in common: the kernel is compiled for it."""
+
+    kind: str
+    index_type: str
+    even: bool
+    master: torch.dtype
+    weight: torch.dtype | None
+    grad: torch.dtype
+    aligned: bool
+    grad_aligned: bool
+
+    def constexprs(self) -> dict[str, Any]:
+        """Arguments of `masked_adamw_kernel` that are constants."""
+        return {
+            "KIND": self.kind,
+            "INDEX_TYPE": getattr(tl, self.index_type),
+            "EVEN": self.even,
+            "MASTER_TYPE": TYPES[self.master],
+            "WEIGHT_TYPE": TYPES[self.weight],
+            "GRAD_TYPE": TYPES[self.grad],
+            "GRAD_BYTES": self.grad.itemsize,
+            "ALIGNED": self.aligned,
+            "GRAD_ALIGNED": self.grad_aligned,
+            "BLOCK": launch_tables.block_entries(),
+            "BLOCKS": self.blocks,
+            "TILE": TILE,
+        }
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one program: more where a block has narrow accesses of its own."""
+        return 2 if self.grad_aligned else 4
+
+
+def launch(
+    batch: list[AdamWEntry],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+    stochastic_rounding_seed: int | None = None,
+) -> None:
+    """See `lit_align_kernels.masked_adamw.masked_adamw_`; one launch for each `Variant`."""
+    if not batch:
+        return
+    torch._foreach_add_([entry.step for entry in batch], 1)
+    launches: dict[Variant, list[list[int]]] = {}
+    grads = [_laid_out_like(entry.grad, entry.master) for entry in batch]
+    for number, (entry, grad) in enumerate(zip(batch, grads, strict=True)):
+        if entry.master.numel():
+            variant, row = _describe(entry, grad, number)
+            launches.setdefault(variant, []).append(row)
+    device = batch[0].master.device
+    settings = (
+        *(lr, 1 - lr * weight_decay),
+        *(beta1, 1 - beta1, math.log(beta1) if beta1 else -math.inf),
+        *(beta2, 1 - beta2, math.log(beta2) if beta2 else -math.inf, eps),
+    )
+    with launch_tables.on_device_of(batch[0].master):
+        for variant, rows in launches.items():
+            entries = launch_tables.block_entries() * variant.blocks
+            programs = launch_tables.programs(tuple(row[0] for row in rows), entries, device)
+            table = launch_tables.parameter_table(rows, device)
+            masked_adamw_kernel[(len(programs),)](
+                *(table, programs, grad_scale, *settings),
+                **variant.constexprs(),
+                num_warps=NUM_WARPS,
+            )
+
+
+def _describe(entry: AdamWEntry, grad: Tensor, number: int) -> tuple[Variant, list[int]]:
+    states = (entry.exp_avg, entry.exp_avg_sq)
+    if not all(_lie_alike(state, entry.master) for state in states):
+        raise ValueError("the moments must lie in memory as the master does")
+    numel = entry.master.numel()
+    (kind, index_type, even), columns = launch_tables.place(
+        entry.weight, entry.entries, numel, launch_tables.block_entries()
+    )
+    variant = Variant(
+        kind,
+        index_type,
+        even,
+        entry.master.dtype,
+        None if entry.weight is None else entry.weight.dtype,
+        grad.dtype,
+        launch_tables.aligned(entry.master, *states),
+        launch_tables.aligned(grad),
+    )
+    own = (entry.master, grad, *states, entry.step)
+    return variant, [*columns, *(tensor.data_ptr() for tensor in own), 0, number]
+
+
+def _lie_alike(tensor: Tensor, master: Tensor) -> bool:
+    strides = zip(tensor.stride(), master.stride(), master.shape, strict=True)
+    return all(ours == theirs or size == 1 for ours, theirs, size in strides)
+
+
+def _laid_out_like(grad: Tensor, master: Tensor) -> Tensor:
+    """`grad` in the memory order of `master`: both are read as they lie.
+
+    Raises:
+        ValueError: `master` has gaps.
+    """
+    extent = sum(
+        (size - 1) * stride for size, stride in zip(master.shape, master.stride(), strict=True)
+    )
+    if master.numel() and extent + 1 != master.numel():
+        raise ValueError(f"a master of shape {tuple(master.shape)} has gaps: {master.stride()}")
+    if _lie_alike(grad, master):
+        return grad
+    return torch.empty_like(master, dtype=grad.dtype).copy_(grad)
