@@ -61,16 +61,15 @@ def implementation_for(operation: str, device: torch.device) -> Implementation:
     choice = os.environ.get("LIT_ALIGN_KERNELS", "auto")
     if choice not in ("auto", "triton", "torch"):
         raise ValueError(f"LIT_ALIGN_KERNELS={choice!r}: choose auto, triton or torch")
-    possible = operation in TRITON_OPERATIONS and _can_run_triton(device)
-    if choice == "triton" and not possible:
-        raise NotImplementedError(
-            f"LIT_ALIGN_KERNELS=triton, but {operation} cannot run in Triton here (device "
-            f"{device.type}, triton {'is' if _triton_is_installed() else 'is not'} installed): "
-            "set auto or torch"
-        )
-    on_gpu = possible and device.type == "cuda"
-    picked: Implementation = (
-        "triton" if choice == "triton" or (choice == "auto" and on_gpu) else "torch"
-    )
+    picked: Implementation = "torch"
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        possible = operation in TRITON_OPERATIONS and _can_run_triton(device)
+        if choice == "triton" and not possible:
+            raise NotImplementedError(
+                f"LIT_ALIGN_KERNELS=triton, but {operation} cannot run in Triton here (device "
+                f"{device.type}, triton {'is' if _triton_is_installed() else 'is not'} installed): "
+                "set auto or torch"
+            )
+        picked = "triton" if possible else "torch"
     _log_choice(operation, picked, f"LIT_ALIGN_KERNELS={choice}, device {device.type}")
     return picked

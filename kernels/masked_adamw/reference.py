@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lit_align_kernels.entries import Entries
+from lit_align_kernels.masked_adamw.stochastic_rounding import random_bits, round_stochastically
 from lit_align_kernels.swap_selected import scatter_entries_
 
 
@@ -26,8 +27,9 @@ class AdamWEntry:
     """One trainable parameter, its state, and the weight that it writes through to.
 
     Attributes:
-        master: (M,) fp32 selected entries, or a whole fp32 parameter of any shape.
-        grad: same shape and dtype as `master`.
+        master: (M,) fp32 selected entries, or a whole fp32 parameter of any shape; bf16 or fp16
+            where updates are rounded stochastically.
+        grad: same shape as `master`; fp32 or bf16.
         exp_avg: first moment, same shape, fp32.
         exp_avg_sq: second moment, same shape, fp32.
         step: () fp32, number of steps taken.
@@ -44,11 +46,18 @@ class AdamWEntry:
     entries: Entries | None = None
 
 
-def _laid_out_like(grad: Tensor, master: Tensor) -> Tensor:
-    """`grad` with the strides of `master`: the fused CPU kernel pairs them by memory order."""
-    if grad.stride() == master.stride():
-        return grad
-    return torch.empty_like(master).copy_(grad)
+def _gradients(batch: list[AdamWEntry], scale: Tensor | None) -> list[Tensor]:
+    """Gradients in fp32, scaled, with the strides of their masters.
+
+    The fused CPU kernel pairs the two by memory order.
+    """
+    grads = [
+        e.grad
+        if e.grad.stride() == e.master.stride() and e.grad.dtype == torch.float32
+        else torch.empty_like(e.master, dtype=torch.float32).copy_(e.grad)
+        for e in batch
+    ]
+    return grads if scale is None else list(torch._foreach_mul(grads, scale))
 
 
 @torch.no_grad()
@@ -60,11 +69,14 @@ def masked_adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: Tensor | None = None,
+    stochastic_rounding_seed: int | None = None,
 ) -> None:
     """See `lit_align_kernels.masked_adamw.masked_adamw_`."""
+    masters = [e.master.float() for e in batch]  # the masters themselves where they are fp32
     adamw(
-        [e.master for e in batch],
-        [_laid_out_like(e.grad, e.master) for e in batch],
+        masters,
+        _gradients(batch, grad_scale),
         [e.exp_avg for e in batch],
         [e.exp_avg_sq for e in batch],
         [],
@@ -78,7 +90,12 @@ def masked_adamw_(
         eps=eps,
         maximize=False,
     )
-    for entry in batch:
+    for number, (entry, new) in enumerate(zip(batch, masters, strict=True)):
+        if new is not entry.master:
+            assert stochastic_rounding_seed is not None
+            bits = random_bits(stochastic_rounding_seed, number, new.numel(), new.device)
+            dtype = entry.master.dtype
+            entry.master.copy_(round_stochastically(new, dtype, bits.view(new.shape)))
         if entry.weight is not None:
             assert entry.entries is not None
             scatter_entries_(entry.weight, entry.entries, entry.master)

@@ -14,12 +14,16 @@ from lit_align.errors import TrainingError
 from lit_align_kernels.swap_selected import swap_selected_
 
 
-def _exchange(link: Link) -> None:
-    state = link.state
-    assert state.base is not None
-    state.move_to(link.weight.device, link.weight.dtype)
-    with torch.no_grad():
-        swap_selected_(link.weight.detach(), state.entries, state.base)
+@torch.no_grad()
+def _exchange(links_: list[Link]) -> None:
+    swaps = []
+    for link in links_:
+        state, weight = link.state, link.weight.detach()
+        state.move_to(weight.device, weight.dtype)
+        assert state.base is not None
+        swaps.append((weight, state.entries, state.base))
+    swap_selected_(swaps)
+    torch.clear_autocast_cache()  # its 16-bit copies are of the values before the exchange
 
 
 @contextlib.contextmanager
@@ -42,15 +46,9 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
             f"reference_policy inside an unfinished graph: {waiting} outputs of compact modules "
             "wait for their backward; run the reference's forward first"
         )
-    done: list[Link] = []
+    _exchange(found)
     try:
         with torch.no_grad():
-            for link in found:
-                _exchange(link)
-                done.append(link)
-            torch.clear_autocast_cache()  # its 16-bit copies are of the values before the exchange
             yield
     finally:
-        for link in done:
-            _exchange(link)
-        torch.clear_autocast_cache()
+        _exchange(found)

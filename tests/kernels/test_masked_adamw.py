@@ -124,3 +124,44 @@ def test_zero_gradients_leave_decay_alone():
     for _ in range(5):
         masked_adamw_([ours], **SETTINGS)
     torch.testing.assert_close(ours.master, torch.full((3,), 2 * math.pow(1 - 0.03 * 0.2, 5)))
+
+
+def test_a_scale_on_the_device_multiplies_the_gradients():
+    plain, scaled = entry(torch.ones(5)), entry(torch.ones(5))
+    plain.grad, scaled.grad = torch.linspace(-1, 1, 5), torch.linspace(-4, 4, 5)
+    masked_adamw_([plain], **SETTINGS)
+    masked_adamw_([scaled], **SETTINGS, grad_scale=torch.tensor(0.25))
+    assert torch.equal(plain.master, scaled.master)
+    assert torch.equal(plain.exp_avg_sq, scaled.exp_avg_sq)
+    assert torch.equal(scaled.grad, torch.linspace(-4, 4, 5))
+
+
+def test_gradients_in_bf16():
+    plain, small = entry(torch.ones(7)), entry(torch.ones(7))
+    small.grad = torch.randn(7).bfloat16()
+    plain.grad = small.grad.float()
+    masked_adamw_([plain], **SETTINGS)
+    masked_adamw_([small], **SETTINGS)
+    assert torch.equal(plain.master, small.master)
+
+
+def test_16_bit_masters_need_a_seed():
+    with pytest.raises(TypeError, match="stochastically"):
+        masked_adamw_([entry(torch.ones(3, dtype=torch.bfloat16))], **SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_below_a_step_of_16_bits_are_kept_on_average(dtype):
+    # The step is 1e-4 below 1, a fortieth (bf16) or a fifth (fp16) of the grid's there.
+    weight = torch.zeros(8, 8192, dtype=dtype)
+    entries = entries_of("all", (8, 8192))
+    ours = entry(torch.ones(8 * 8192, dtype=dtype), weight, entries)
+    ours.exp_avg, ours.exp_avg_sq = torch.zeros(8 * 8192), torch.zeros(8 * 8192)
+    ours.grad = torch.ones(8 * 8192)
+    settings = {**SETTINGS, "lr": 1e-4, "weight_decay": 0.0}
+    masked_adamw_([ours], **settings, stochastic_rounding_seed=7)
+    step = 1 - float(torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)))
+    assert set(ours.master.double().unique().tolist()) == {1.0, 1.0 - step}
+    deviation = (1e-4 * step) ** 0.5 / (8 * 8192) ** 0.5  # of the mean of Bernoulli steps
+    assert abs(ours.master.double().mean() - (1 - 1e-4)) < 4 * deviation
+    assert torch.equal(weight.view(-1), ours.master)

@@ -48,12 +48,12 @@ def test_swap_exchanges_and_swapping_twice_changes_no_bit(kind, shape, dtype):
     weight, entries = weight_of(shape, dtype), entries_of(kind, shape)
     values = torch.randn(entries.numel).to(dtype)
     before, kept = weight.clone(), values.clone()
-    swap_selected_(weight, entries, values)
+    swap_selected_([(weight, entries, values)])
     assert torch.equal(bits(values), bits(gather_entries(before, entries)))
     expected = before.clone()
     expected.view(-1)[flat_order(entries)] = kept
     assert torch.equal(bits(weight), bits(expected))
-    swap_selected_(weight, entries, values)
+    swap_selected_([(weight, entries, values)])
     assert torch.equal(bits(weight), bits(before))
     assert torch.equal(bits(values), bits(kept))
 
@@ -62,7 +62,7 @@ def test_swap_exchanges_and_swapping_twice_changes_no_bit(kind, shape, dtype):
 def test_vectors(kind):
     weight, entries = torch.arange(9.0), entries_of(kind, (9,))
     values = -torch.ones(entries.numel)
-    swap_selected_(weight, entries, values)
+    swap_selected_([(weight, entries, values)])
     assert torch.equal(values, torch.arange(9.0)[flat_order(entries)])
     assert (weight[flat_order(entries)] == -1).all()
 
@@ -84,6 +84,6 @@ def test_values_or_weights_that_do_not_fit_are_an_error():
     weight, entries = torch.zeros(4, 3), elements((4, 3), torch.tensor([1, 5]))
     for values in (torch.zeros(3), torch.zeros(1, 2), torch.zeros(2, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="values must be"):
-            swap_selected_(weight, entries, values)
+            swap_selected_([(weight, entries, values)])
     with pytest.raises(ValueError, match="entries of a weight of"):
-        swap_selected_(torch.zeros(3, 4), entries, torch.zeros(2))
+        swap_selected_([(torch.zeros(3, 4), entries, torch.zeros(2))])
