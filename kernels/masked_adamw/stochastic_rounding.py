@@ -16,8 +16,8 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 ROUNDS = 10
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
-# fp32's biased exponent below which the grid no longer gets finer: 2⁻¹⁴, fp16's smallest normal, and
-# for bf16 the lowest one at which the step is still a normal fp32 number.
+# fp32's biased exponent below which the grid no longer gets finer: that of fp16's smallest normal,
+# 2⁻¹⁴; for bf16 the lowest one at which the step is still a normal fp32 number.
 LOWEST_EXPONENT = {torch.bfloat16: 8, torch.float16: 113}
 
 

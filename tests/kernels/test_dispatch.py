@@ -39,7 +39,7 @@ def test_an_operation_with_a_kernel(monkeypatch, choice, device, expected):
 
 def test_on_a_cpu_a_kernel_runs_in_the_interpreter_alone(monkeypatch):
     monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
-    with pytest.raises(NotImplementedError, match="masked_adamw cannot run in Triton here.*cpu"):
+    with pytest.raises(NotImplementedError, match="masked_adamw cannot run in Triton here"):
         implementation_for("masked_adamw", CPU)
     monkeypatch.setattr("triton.knobs.runtime.interpret", True)
     assert implementation_for("masked_adamw", CPU) == "triton"
