@@ -47,7 +47,7 @@ def masked_weight_grad(
 
     Raises:
         ValueError: where shapes, dtypes or `out` do not fit the entries or one another, and where
-            `accumulate` has nothing to add to.
+            `accumulate` has nothing to add to; in Triton also for other dtypes.
     """
     if (a.shape[1], b.shape[1]) != tuple(entries.shape) or a.shape[0] != b.shape[0]:
         raise ValueError(
@@ -67,7 +67,10 @@ def masked_weight_grad(
         reference.masked_weight_grad(a, b, entries, out, accumulate)
         return out
     if a.dtype not in TRITON_DTYPES:
-        raise ValueError(f"a and b are {a.dtype}: the kernel takes fp32, bf16 and fp16")
+        raise ValueError(
+            f"a and b are {a.dtype}: the kernel takes fp32, bf16 and fp16; others need "
+            "LIT_ALIGN_KERNELS=torch"
+        )
     from lit_align_kernels.masked_weight_grad import kernel  # not every machine has Triton
 
     kernel.masked_weight_grad(a, b, entries, out, accumulate)

@@ -109,8 +109,10 @@ def plan(
     return cache[key]
 
 
-def _cost(tiling: Tiling, tiles: int, processors: int) -> int:
-    return math.ceil(tiles / processors) * (tiling.rows + tiling.columns)
+def _cost(tiling: Tiling, tiles: int, processors: int) -> tuple[int, int]:
+    """Data that a processor reads one tile after the other, then entries that are computed."""
+    waves = math.ceil(tiles / processors)
+    return waves * (tiling.rows + tiling.columns), tiles * tiling.rows * tiling.columns
 
 
 def _selected_shape(entries: Entries) -> tuple[int, int]:

@@ -76,6 +76,33 @@ def test_non_contiguous_factors():
     torch.testing.assert_close(strided, masked_weight_grad(a, b, entries))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulate_over_chunks_of_tokens(monkeypatch, kind, dtype):
+    monkeypatch.setattr(reference_module, "BLOCK_ENTRIES", 100)
+    a, b = factors(57, 52, 23, dtype)
+    entries = entries_of(kind, (52, 23))
+    out = torch.full((entries.numel,), torch.nan)
+    expected = torch.zeros(entries.numel)
+    for i, (start, stop) in enumerate(((0, 20), (20, 21), (21, 57))):
+        part = a[start:stop], b[start:stop], entries
+        assert masked_weight_grad(*part, out=out, accumulate=i > 0) is out
+        expected += masked_weight_grad(*part)
+    torch.testing.assert_close(out, expected)
+
+
+def test_out_that_does_not_fit_is_an_error():
+    a, b, entries = torch.ones(4, 2), torch.ones(4, 7), entries_of("elements, every", (2, 7))
+    good = torch.empty(entries.numel)
+    for out in (torch.empty(entries.numel + 1), good.double(), good.repeat(2)[::2]):
+        with pytest.raises(ValueError, match="out is"):
+            masked_weight_grad(a, b, entries, out=out)
+    with pytest.raises(ValueError, match="give it"):
+        masked_weight_grad(a, b, entries, accumulate=True)
+    with pytest.raises(ValueError, match="in one dtype"):
+        masked_weight_grad(a, b.bfloat16(), entries)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [1, 4, 11, 20])
 def test_gather_block_by_block(kind, step):
