@@ -13,12 +13,24 @@ import math
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from lit_align_kernels.entries import Entries
 
 VECTOR_BYTES = 16
 MOST_POSITIONS_PER_ENTRY = 32  # of a bitmap: with more, int32 positions are the shorter list
+
+
+TRITON_TYPES: dict[torch.dtype | None, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+    None: None,
+}
+Placement = tuple[str, torch.dtype, bool]  # KIND, INDEX_TYPE, EVEN
 
 
 def block_entries() -> int:
@@ -38,48 +50,42 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def place(
     weight: Tensor | None, entries: Entries | None, numel: int, block: int
-) -> tuple[tuple[str, str, bool], list[int]]:
+) -> tuple[Placement, list[int]]:
     """How the kernels find `numel` entries of `weight`.
 
     Returns:
-        the constexprs KIND, INDEX_TYPE ("int32" or "int64") and EVEN, and the columns up to OWN of
-        the parameter's row.
+        the constexprs KIND, INDEX_TYPE and EVEN, and the columns up to OWN of the parameter's row.
     """
     if weight is not None and not weight.is_contiguous():
         raise ValueError("the weight must be contiguous: its entries are counted row-major")
     if weight is None or entries is None or entries.kind == "all":
         address = 0 if weight is None else weight.data_ptr()
-        return ("all", "int64", aligned(weight)), [numel, address, 0, 0, 0, 0, 0, 0]
+        return ("all", torch.int64, aligned(weight)), [numel, address, 0, 0, 0, 0, 0, 0]
     if entries.kind == "rows":
         return _place_rows(weight, entries, block)
     return _place_elements(weight, entries, block)
 
 
-def _place_rows(
-    weight: Tensor, entries: Entries, block: int
-) -> tuple[tuple[str, str, bool], list[int]]:
+def _place_rows(weight: Tensor, entries: Entries, block: int) -> tuple[Placement, list[int]]:
     assert entries.rows is not None
     rows, length = entries.rows, entries.row_length
     strides = [1, weight.shape[1]] if entries.axis == 1 else [length, 1]
     even = entries.axis == 0 and length % VECTOR_BYTES == 0 and aligned(weight)
     kind = "rows" if length >= block else "short_rows"
     numbers = [entries.numel, weight.data_ptr(), rows.data_ptr(), 0, length, *strides, len(rows)]
-    return (kind, "int64", even), numbers
+    return (kind, torch.int64, even), numbers
 
 
-def _place_elements(
-    weight: Tensor, entries: Entries, block: int
-) -> tuple[tuple[str, str, bool], list[int]]:
+def _place_elements(weight: Tensor, entries: Entries, block: int) -> tuple[Placement, list[int]]:
     assert entries.positions is not None
-    positions, numel = entries.positions, entries.numel
-    if math.prod(entries.shape) > MOST_POSITIONS_PER_ENTRY * numel:
-        index_type = "int64" if positions.dtype == torch.int64 else "int32"
-        address = positions.data_ptr()
-        numbers = [numel, weight.data_ptr(), address, 0, 0, 0, 0, 0]
-        return ("index", index_type, aligned(positions)), numbers
+    positions, numel, size = entries.positions, entries.numel, math.prod(entries.shape)
+    if size > MOST_POSITIONS_PER_ENTRY * numel:
+        numbers = [numel, weight.data_ptr(), positions.data_ptr(), 0, 0, 0, 0, 0]
+        return ("index", positions.dtype, aligned(positions)), numbers
+    position_type = torch.int32 if size <= 2**31 else torch.int64
     words, spans = entries.bitmap(), _spans(entries, block)
     numbers = [numel, weight.data_ptr(), words.data_ptr(), spans.data_ptr(), 0, 0, 0, 0]
-    return ("bitmap", "int32", False), numbers
+    return ("bitmap", position_type, False), numbers
 
 
 def _spans(entries: Entries, block: int) -> Tensor:

@@ -194,20 +194,12 @@ def masked_adamw_kernel(
         )  # fmt: skip
 
 
-TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    None: None,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """What the parameters of one launch have in common: the kernel is compiled for it."""
 
     kind: str
-    index_type: str
+    index_type: torch.dtype
     even: bool
     master: torch.dtype
     weight: torch.dtype | None
@@ -219,11 +211,11 @@ class Variant:
         """Arguments of `masked_adamw_kernel` that are constants."""
         return {
             "KIND": self.kind,
-            "INDEX_TYPE": getattr(tl, self.index_type),
+            "INDEX_TYPE": launch_tables.TRITON_TYPES[self.index_type],
             "EVEN": self.even,
-            "MASTER_TYPE": TYPES[self.master],
-            "WEIGHT_TYPE": TYPES[self.weight],
-            "GRAD_TYPE": TYPES[self.grad],
+            "MASTER_TYPE": launch_tables.TRITON_TYPES[self.master],
+            "WEIGHT_TYPE": launch_tables.TRITON_TYPES[self.weight],
+            "GRAD_TYPE": launch_tables.TRITON_TYPES[self.grad],
             "GRAD_BYTES": self.grad.itemsize,
             "ALIGNED": self.aligned,
             "GRAD_ALIGNED": self.grad_aligned,
