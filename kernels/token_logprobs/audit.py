@@ -21,8 +21,7 @@ from lit_align_kernels.token_logprobs.kernel import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# (vocabulary, dtype, soft-capped, rows without padding). 151,665 compiles into what 50,257 does:
-# neither divides by 16, and both are long. Nothing of ours makes rows without padding.
+# (vocabulary, dtype, soft-capped, rows without padding). Nothing of ours makes the last kind.
 Shape = tuple[int, str, bool, bool]
 SHAPES: tuple[Shape, ...] = (
     (507, "bf16", False, False),
@@ -30,9 +29,9 @@ SHAPES: tuple[Shape, ...] = (
     (50257, "bf16", False, False),
     (50257, "bf16", True, False),
     (50257, "fp32", False, False),
+    (151665, "bf16", False, False),
 )
-MORE_Shape = tuple[int, str, bool, bool]
-SHAPES: tuple[Shape, ...] = (
+MORE_SHAPES: tuple[Shape, ...] = (
     (507, "fp32", True, False),
     (49152, "fp32", True, False),
     (49152, "bf16", True, False),
@@ -40,7 +39,6 @@ SHAPES: tuple[Shape, ...] = (
     (50257, "fp16", True, False),
     (50257, "fp32", True, False),
     (50257, "bf16", False, True),
-    (151665, "bf16", False, False),
     (151665, "fp32", False, True),
     (262144, "bf16", False, False),
 )
