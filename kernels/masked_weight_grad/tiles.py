@@ -52,7 +52,7 @@ TILINGS: dict[str, dict[Arithmetic, tuple[Tiling, ...]]] = {
         "ieee": (Tiling(64, 64, 16, 8, 3), Tiling(32, 32, 32, 4, 3)),
     },
     "sm_100": {
-        "half": (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 64, 4, 4), Tiling(64, 32, 64, 4, 4)),
+        "half": (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 64, 8, 4), Tiling(64, 32, 64, 4, 4)),
         "tf32": (Tiling(128, 128, 32, 8, 3), Tiling(64, 64, 32, 4, 4), Tiling(64, 32, 32, 4, 4)),
         "ieee": (Tiling(64, 64, 16, 8, 3), Tiling(32, 32, 32, 4, 3)),
     },

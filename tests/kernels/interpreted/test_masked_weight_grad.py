@@ -138,8 +138,10 @@ def test_padded_rows_are_not_copied_and_odd_ones_are():
     wide = padded(x, 56, 0.0)
     aligned, length = kernel._aligned(wide)
     assert aligned.data_ptr() == wide.data_ptr() and length == 56
-    for odd in (x, wide[:, 1:], wide[:0]):
-        assert kernel._aligned(odd)[0].stride(0) % 8 == 0
+    for odd in (x, wide[:, 1:], wide.t(), wide[:0]):
+        aligned, _ = kernel._aligned(odd)
+        assert aligned.stride(0) % 8 == 0 and aligned.data_ptr() % 16 == 0
+        assert torch.equal(aligned, odd)
     cut = torch.randn(20 * 56 - 5).as_strided((20, 51), (56, 1))  # its last row has no padding
     assert kernel._aligned(cut)[0].data_ptr() != cut.data_ptr()
 
