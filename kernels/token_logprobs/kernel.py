@@ -97,18 +97,19 @@ def launch_options(logits: Tensor, soft_cap: float | None) -> dict[str, Any]:
     }
 
 
-def check_rows(logits: Tensor, **per_row: Tensor) -> None:
-    """Whether a row kernel can run on these tensors.
+def check_rows(logits: Tensor, **per_row: Tensor) -> list[Tensor]:
+    """The tensors of one value a row, contiguous.
 
     Raises:
         ValueError: logits are not (C, V) with neighbouring columns in neighbouring addresses, or
-            another tensor is not a contiguous (C,).
+            another tensor is not (C,).
     """
     if logits.ndim != 2 or (logits.stride(1) != 1 and logits.shape[1] > 1):
         raise ValueError(f"logits {tuple(logits.shape)} of strides {logits.stride()} are no rows")
     for name, tensor in per_row.items():
-        if tensor.shape != logits.shape[:1] or not tensor.is_contiguous():
-            raise ValueError(f"{name} {tuple(tensor.shape)} is no contiguous ({len(logits)},)")
+        if tensor.shape != logits.shape[:1]:
+            raise ValueError(f"{name} {tuple(tensor.shape)} do not fit {len(logits)} rows")
+    return [tensor.contiguous() for tensor in per_row.values()]
 
 
 def padded_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -141,7 +142,7 @@ def rows_forward(
     Raises:
         ValueError: where shapes or strides do not fit.
     """
-    check_rows(logits, targets=targets)
+    (targets,) = check_rows(logits, targets=targets)
     logps = torch.empty(logits.shape[:1], dtype=torch.float32, device=logits.device)
     logsumexp = torch.empty_like(logps)
     if logits.numel():
@@ -178,7 +179,7 @@ def rows_backward_(
     Raises:
         ValueError: where shapes or strides do not fit.
     """
-    check_rows(logits, targets=targets, logsumexp=logsumexp, grad=grad)
+    targets, logsumexp, grad = check_rows(logits, targets=targets, logsumexp=logsumexp, grad=grad)
     if logits.numel():
         with torch.cuda.device_of(logits):
             backward_kernel[(logits.shape[0],)](

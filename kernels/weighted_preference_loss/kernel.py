@@ -89,7 +89,9 @@ def npo_rows_(
     Raises:
         ValueError: where shapes or strides do not fit.
     """
-    check_rows(logits, targets=targets, ref_logps=ref_logps, token_weights=token_weights)
+    targets, ref_logps, token_weights = check_rows(
+        logits, targets=targets, ref_logps=ref_logps, token_weights=token_weights
+    )
     losses = torch.empty(logits.shape[:1], dtype=torch.float32, device=logits.device)
     logps = torch.empty_like(losses)
     if logits.numel():

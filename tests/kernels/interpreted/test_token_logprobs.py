@@ -168,6 +168,12 @@ def test_padding_is_not_touched(dtype):
     assert d_logits.isfinite().all()
 
 
+def test_values_of_rows_may_lie_apart():
+    logits = raw_logits(4, 507, torch.float32)
+    targets, grad = torch.arange(8)[::2], torch.arange(1.0, 9.0)[::2]
+    check_rows(logits, targets, grad)
+
+
 def test_no_rows():
     logps, logsumexp, _ = run_rows(
         raw_logits(0, 507, torch.float32), torch.empty(0, dtype=torch.int64), torch.empty(0)
