@@ -33,9 +33,14 @@ TRITON_TYPES: dict[torch.dtype | None, Any] = {
 Placement = tuple[str, torch.dtype, bool]  # KIND, INDEX_TYPE, EVEN
 
 
-def block_entries() -> int:
-    """Entries of a block: 8 for every thread of 4 warps (of 32 threads, of 64 on AMD)."""
-    return 2048 if torch.version.hip else 1024
+def block_entries(target: str | None = None) -> int:
+    """Entries of a block: 8 for every thread of 4 warps of 32 threads, or of 64 on AMD.
+
+    Args:
+        target: as `audit.compiled.TARGETS` name them; None: the GPU that this torch is built for.
+    """
+    on_amd = torch.version.hip is not None if target is None else target.startswith("gfx9")
+    return 2048 if on_amd else 1024
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -83,12 +88,12 @@ def _place_elements(weight: Tensor, entries: Entries, block: int) -> tuple[Place
         numbers = [numel, weight.data_ptr(), positions.data_ptr(), 0, 0, 0, 0, 0]
         return ("index", positions.dtype, aligned(positions)), numbers
     position_type = torch.int32 if size <= 2**31 else torch.int64
-    words, spans = entries.bitmap(), _spans(entries, block)
-    numbers = [numel, weight.data_ptr(), words.data_ptr(), spans.data_ptr(), 0, 0, 0, 0]
+    words, spans_ = entries.bitmap(), spans(entries, block)
+    numbers = [numel, weight.data_ptr(), words.data_ptr(), spans_.data_ptr(), 0, 0, 0, 0]
     return ("bitmap", position_type, False), numbers
 
 
-def _spans(entries: Entries, block: int) -> Tensor:
+def spans(entries: Entries, block: int) -> Tensor:
     """Word of the first entry of every block and its rank in that word; then the last word."""
     key = f"spans of {block}"
     if key not in entries.cache:

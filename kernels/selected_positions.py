@@ -73,7 +73,7 @@ def positions_in_block(
     elif KIND == "rows":
         found = _positions_in_two_rows(parameter, start, lane, EVEN)
     else:
-        found = _positions_in_short_rows(parameter, start, count, lane, BLOCK)
+        found = _positions_in_short_rows(parameter, start, count, lane, EVEN, BLOCK)
     return found
 
 
@@ -114,7 +114,9 @@ def _positions_in_two_rows(parameter, start, lane, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _positions_in_short_rows(parameter, start, count, lane, BLOCK: tl.constexpr):
+def _positions_in_short_rows(
+    parameter, start, count, lane, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):
     rows = pointer(parameter, INDEX, False, tl.int64)
     length = field(parameter, ROW_LENGTH).to(tl.int32)  # table
     first = start // length
@@ -124,7 +126,10 @@ def _positions_in_short_rows(parameter, start, count, lane, BLOCK: tl.constexpr)
     row = tl.load(rows + first + lane, mask=lane <= last, other=0)  # table
     row = tl.gather(row, tl.minimum(touched, BLOCK - 1), 0)
     inside = (entry - touched * length).to(tl.int64)
-    return row * field(parameter, ROW_STRIDE) + inside * field(parameter, ENTRY_STRIDE)
+    found = row * field(parameter, ROW_STRIDE) + inside * field(parameter, ENTRY_STRIDE)
+    if EVEN:
+        found = tl.max_contiguous(tl.multiple_of(found, 16), 16)
+    return found
 
 
 @triton.jit

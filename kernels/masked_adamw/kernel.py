@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_align_kernels import launch_tables
 from lit_align_kernels.masked_adamw.reference import AdamWEntry
+from lit_align_kernels.masked_adamw.rounding import random_bits, round_stochastically
 from lit_align_kernels.selected_positions import (
     NUMEL,
     OWN,
@@ -80,7 +81,7 @@ def aligned_grad(
 
 @triton.jit
 def adamw(exp_avg, exp_avg_sq, master, grad, settings):
-    """The equation; moments and master after the step."""
+    """The equation: moments and master after the step."""
     step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps = settings
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
@@ -89,11 +90,21 @@ def adamw(exp_avg, exp_avg_sq, master, grad, settings):
 
 
 @triton.jit
+def as_stored(parameter, master, entry, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """New values of these entries in the master's dtype."""
+    if STOCHASTIC:
+        bits = random_bits(field(parameter, SEED), field(parameter, NUMBER), entry)
+        master = round_stochastically(master, bits, dtype)
+    return master.to(dtype)
+
+
+@triton.jit
 def update_block(
     parameter, start, numel, rest, scale, settings,
     KIND: tl.constexpr, INDEX_TYPE: tl.constexpr, EVEN: tl.constexpr, MASTER_TYPE: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, GRAD_BYTES: tl.constexpr,
-    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Entries of one block up to a multiple of 16, so that masks do not break accesses up."""
     lane = tl.arange(0, BLOCK)
@@ -116,12 +127,13 @@ def update_block(
     exp_avg_sq = tl.load(exp_avg_sq_ptr, mask=mask, other=0.0)  # stream
     master = tl.load(master_ptr, mask=mask, other=0.0).to(tl.float32)  # stream
     exp_avg, exp_avg_sq, master = adamw(exp_avg, exp_avg_sq, master, grad * scale, settings)
+    new = as_stored(parameter, master, start + lane, MASTER_TYPE, STOCHASTIC)
     tl.store(exp_avg_ptr, exp_avg, mask=mask)  # stream
     tl.store(exp_avg_sq_ptr, exp_avg_sq, mask=mask)  # stream
-    tl.store(master_ptr, master.to(MASTER_TYPE), mask=mask)  # stream
+    tl.store(master_ptr, new, mask=mask)  # stream
     if WEIGHT_TYPE is not None:
         weight = pointer(parameter, WEIGHT, EVEN, WEIGHT_TYPE) + positions
-        tl.store(weight, master.to(WEIGHT_TYPE), mask=mask)  # scattered
+        tl.store(weight, new.to(WEIGHT_TYPE), mask=mask)  # scattered
     return rest
 
 
@@ -129,7 +141,7 @@ def update_block(
 def update_rest(
     parameter, whole, numel, rest, scale, settings,
     KIND: tl.constexpr, INDEX_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr,
-    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """The last entries of a parameter, up to 15.
 
@@ -149,12 +161,13 @@ def update_rest(
     exp_avg_sq = tl.sum(tl.where(moment == 1, moments, 0.0), 0)
     exp_avg, exp_avg_sq, master = adamw(exp_avg, exp_avg_sq, master, grad, settings)
     moments = tl.where(moment == 0, exp_avg[None, :], exp_avg_sq[None, :])
+    new = as_stored(parameter, master, entry, MASTER_TYPE, STOCHASTIC)
     tl.store(moments_ptr, moments, mask=mask[None, :])  # stream
-    tl.store(master_ptr, master.to(MASTER_TYPE), mask=mask)  # stream
+    tl.store(master_ptr, new, mask=mask)  # stream
     if WEIGHT_TYPE is not None:
         at = positions_of_rest(parameter, entry, mask, rest, KIND, INDEX_TYPE)
         weight = pointer(parameter, WEIGHT, False, WEIGHT_TYPE) + at
-        tl.store(weight, master.to(WEIGHT_TYPE), mask=mask)  # scattered
+        tl.store(weight, new.to(WEIGHT_TYPE), mask=mask)  # scattered
 
 
 @triton.jit
@@ -163,13 +176,13 @@ def masked_adamw_kernel(
     beta2, one_minus_beta2, log_beta2, eps,
     KIND: tl.constexpr, INDEX_TYPE: tl.constexpr, EVEN: tl.constexpr, MASTER_TYPE: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, GRAD_BYTES: tl.constexpr,
-    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A few blocks of one parameter's entries, and what of them fills no 16."""
     parameter, start = entries_of_program(table, programs, BLOCK * BLOCKS)
     numel = field(parameter, NUMEL)
-    step = tl.load(tl.load(parameter + STEP).to(tl.pointer_type(tl.float32)))  # table
+    step = tl.load(pointer(parameter, STEP, False, tl.float32))  # table
     step_size = lr / bias_correction(log_beta1, step)
     correction2 = tl.sqrt(bias_correction(log_beta2, step))
     settings = (
@@ -184,13 +197,13 @@ def masked_adamw_kernel(
             rest = update_block(
                 parameter, start + block * BLOCK, numel, rest, scale, settings, KIND, INDEX_TYPE,
                 EVEN, MASTER_TYPE, WEIGHT_TYPE, GRAD_TYPE, GRAD_BYTES, ALIGNED, GRAD_ALIGNED,
-                BLOCK, TILE,
+                STOCHASTIC, BLOCK, TILE,
             )  # fmt: skip
     whole = numel // 16 * 16
     if (whole < numel) & (start <= whole) & (whole < start + BLOCK * BLOCKS):
         update_rest(
             parameter, whole, numel, rest, scale, settings, KIND, INDEX_TYPE, MASTER_TYPE,
-            WEIGHT_TYPE, GRAD_TYPE,
+            WEIGHT_TYPE, GRAD_TYPE, STOCHASTIC,
         )  # fmt: skip
 
 
@@ -206,8 +219,9 @@ class Variant:
     grad: torch.dtype
     aligned: bool
     grad_aligned: bool
+    stochastic: bool
 
-    def constexprs(self) -> dict[str, Any]:
+    def constexprs(self, block: int) -> dict[str, Any]:
         """Arguments of `masked_adamw_kernel` that are constants."""
         return {
             "KIND": self.kind,
@@ -219,7 +233,8 @@ class Variant:
             "GRAD_BYTES": self.grad.itemsize,
             "ALIGNED": self.aligned,
             "GRAD_ALIGNED": self.grad_aligned,
-            "BLOCK": launch_tables.block_entries(),
+            "STOCHASTIC": self.stochastic,
+            "BLOCK": block,
             "BLOCKS": self.blocks,
             "TILE": TILE,
         }
@@ -249,9 +264,9 @@ def launch(
     grads = [_laid_out_like(entry.grad, entry.master) for entry in batch]
     for number, (entry, grad) in enumerate(zip(batch, grads, strict=True)):
         if entry.master.numel():
-            variant, row = _describe(entry, grad, number)
+            variant, row = _describe(entry, grad, stochastic_rounding_seed, number)
             launches.setdefault(variant, []).append(row)
-    device = batch[0].master.device
+    device, block = batch[0].master.device, launch_tables.block_entries()
     settings = (
         *(lr, 1 - lr * weight_decay),
         *(beta1, 1 - beta1, math.log(beta1) if beta1 else -math.inf),
@@ -259,17 +274,19 @@ def launch(
     )
     with launch_tables.on_device_of(batch[0].master):
         for variant, rows in launches.items():
-            entries = launch_tables.block_entries() * variant.blocks
-            programs = launch_tables.programs(tuple(row[0] for row in rows), entries, device)
+            numels = tuple(row[0] for row in rows)
+            programs = launch_tables.programs(numels, block * variant.blocks, device)
             table = launch_tables.parameter_table(rows, device)
             masked_adamw_kernel[(len(programs),)](
                 *(table, programs, grad_scale, *settings),
-                **variant.constexprs(),
+                **variant.constexprs(block),
                 num_warps=NUM_WARPS,
             )
 
 
-def _describe(entry: AdamWEntry, grad: Tensor, number: int) -> tuple[Variant, list[int]]:
+def _describe(
+    entry: AdamWEntry, grad: Tensor, seed: int | None, number: int
+) -> tuple[Variant, list[int]]:
     states = (entry.exp_avg, entry.exp_avg_sq)
     if not all(_lie_alike(state, entry.master) for state in states):
         raise ValueError("the moments must lie in memory as the master does")
@@ -286,9 +303,15 @@ def _describe(entry: AdamWEntry, grad: Tensor, number: int) -> tuple[Variant, li
         grad.dtype,
         launch_tables.aligned(entry.master, *states),
         launch_tables.aligned(grad),
+        seed is not None and entry.master.dtype != torch.float32,
     )
     own = (entry.master, grad, *states, entry.step)
-    return variant, [*columns, *(tensor.data_ptr() for tensor in own), 0, number]
+    return variant, [*columns, *(tensor.data_ptr() for tensor in own), _as_int64(seed or 0), number]
+
+
+def _as_int64(seed: int) -> int:
+    """The lowest 64 bits."""
+    return ((seed + 2**63) % 2**64) - 2**63
 
 
 def _lie_alike(tensor: Tensor, master: Tensor) -> bool:
