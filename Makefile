@@ -1,5 +1,6 @@
 # make demo                     the whole ALLO pipeline on the embedded model; prints a table
 # make test                     installs what is missing and runs the test suite
+# make bench                    times the kernels: BENCH_ARGS="masked_adamw --size full"
 # make lint types imports       what .ci/run checks besides
 # make demo TORCH_INDEX=URL     torch from another index of wheels, for example
 #                               https://download.pytorch.org/whl/cpu (make clean to change it later)
@@ -12,8 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 VIEW := build/checks
 REQUIREMENTS := pyproject.toml constraints.txt
+OLD_TRITON := build/triton-3.6.0
 
-.PHONY: help venv install install-dev demo test test-long lint types imports view clean
+.PHONY: help venv install install-dev demo test test-interpreted test-compiled test-long bench lint types imports view clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -27,11 +29,25 @@ install-dev: $(VENV)/.installed-dev
 demo: $(VENV)/.installed
 	$(BIN)/lit-align allo --config configs/demo.yaml
 
+# Triton's interpreter and its compiler do not share a process: two runs of pytest beside the main
+# one, both on one thread, at the same time.
 test: $(VENV)/.installed-dev
+	$(MAKE) --output-sync=target -j 2 test-interpreted test-compiled
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-long: $(VENV)/.installed-dev
+test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/$* $(PYTEST_ARGS)
+
+# The slow proofs, and those of the kernels once more with the oldest Triton that they are for.
+test-long: $(VENV)/.installed-dev $(OLD_TRITON)/.installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m long tests/kernels/interpreted $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m long tests/kernels/compiled $(PYTEST_ARGS)
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/kernels/interpreted $(PYTEST_ARGS)
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/kernels/compiled $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/lit-align bench $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -75,3 +91,7 @@ $(VENV)/.installed: $(REQUIREMENTS) $(VENV)/.torch
 $(VENV)/.installed-dev: $(REQUIREMENTS) $(VENV)/.torch
 	$(INSTALL) ".[dev]"
 	touch $@ $(VENV)/.installed
+
+$(OLD_TRITON)/.installed: | $(VENV)/.installed-dev
+	$(PIP) install --no-deps --target $(OLD_TRITON) triton==3.6.0
+	touch $@

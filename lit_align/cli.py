@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from lit_align.errors import LitAlignError
 from lit_align.modules import LanguageModelModule
 from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.pipelines.allo import allo
+from lit_align.pipelines.bench import bench
 from lit_align.pipelines.commands import evaluate_files, export, localize
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
@@ -28,6 +30,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "localize": localize,
     "evaluate": evaluate_files,
     "export": export,
+    "bench": bench,
 }
 USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them)
 
@@ -39,6 +42,7 @@ USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them
   localize    a mask of key parameters, from two model folders, at random or by magnitude
   evaluate    accuracy of a model on a file: multiple_choice, exact_answer or preference
   export      a checkpoint as a sparse delta or as a Hugging Face folder
+  bench       time the kernels on this device: bench [kernel ...], or --audit them without one
 """
 
 
@@ -90,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if verb in TRAINER_VERBS:
             train(arguments)
         else:
-            auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
+            options = _named_kernels(words[1:]) if verb == "bench" else words[1:]
+            auto_cli(VERBS[verb], args=options, prog=f"lit-align {verb}", as_positional=False)
     except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:
         # jsonargparse wraps what the constructors of a config's classes raise.
         wrapped = isinstance(error, ValueError) and error.__cause__ is not None
@@ -99,6 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise  # a defect of ours: its traceback is wanted
         print(f"lit-align: {cause}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _named_kernels(words: list[str]) -> list[str]:
+    """`bench a b --size tiny` as options alone: auto_cli takes no list of positional words."""
+    count = next((i for i, w in enumerate(words) if w.startswith("-")), len(words))
+    return ([f"--kernels={json.dumps(words[:count])}"] if count else []) + words[count:]
 
 
 def train(arguments: Sequence[str] | None) -> None:

@@ -31,3 +31,7 @@ class TrainingError(LitAlignError):
 
 class PipelineError(LitAlignError):
     """A pipeline stage whose inputs, outputs or folder are not what the manifest says."""
+
+
+class BenchmarkError(LitAlignError):
+    """A kernel that is not timed: unknown, not runnable here, or wrong."""

@@ -1,0 +1,18 @@
+"""Time the kernels against what else does the same: `lit-align bench`."""
+
+from lit_align_kernels.benchmarks.case import SIZES, BenchmarkCase, CheckFailedError, Size
+from lit_align_kernels.benchmarks.ceilings import Ceilings, measure_ceilings
+from lit_align_kernels.benchmarks.run import OPERATIONS, Measurement, cases, measure
+
+__all__ = [
+    "OPERATIONS",
+    "SIZES",
+    "BenchmarkCase",
+    "Ceilings",
+    "CheckFailedError",
+    "Measurement",
+    "Size",
+    "cases",
+    "measure",
+    "measure_ceilings",
+]

@@ -1,0 +1,33 @@
+"""Random selections for benchmarks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lit_align_kernels.entries import Entries
+
+
+def random_elements(shape: tuple[int, ...], share: float, device: torch.device) -> Entries:
+    """Every element selected with probability `share`, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+    positions = (torch.rand(math.prod(shape), generator=generator) < share).nonzero()[:, 0]
+    starts = torch.arange(math.prod(shape[:-1]) + 1) * shape[-1]
+    offsets = torch.searchsorted(positions, starts)
+    small = math.prod(shape) < 2**31
+    entries = Entries(
+        "elements", shape, positions=positions.int() if small else positions, row_offsets=offsets
+    )
+    return entries.to(device)
+
+
+def random_rows(
+    shape: tuple[int, ...], share: float, device: torch.device, run: int = 1
+) -> Entries:
+    """A share of the rows, in aligned runs of `run` rows (64: attention heads)."""
+    generator = torch.Generator().manual_seed(0)
+    runs = math.prod(shape[:-1]) // run
+    chosen = torch.randperm(runs, generator=generator)[: max(1, round(share * runs))].sort().values
+    rows = (chosen[:, None] * run + torch.arange(run)).reshape(-1)
+    return Entries("rows", shape, rows=rows).to(device)

@@ -1,0 +1,88 @@
+"""Exchange selected entries with kept values: one launch against gather, scatter, copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size
+from lit_align_kernels.benchmarks.masked_adamw import SHAPES, SHARE
+from lit_align_kernels.benchmarks.masks import random_elements, random_rows
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import Swap, swap_selected_
+
+
+def cases(size: Size, device: torch.device) -> list[BenchmarkCase]:
+    """10 % of elements, and 10 % of rows."""
+    return [
+        _case("10 % of elements", size, device, random_elements),
+        _case("10 % of rows", size, device, random_rows),
+    ]
+
+
+def _case(
+    name: str,
+    size: Size,
+    device: torch.device,
+    select: Callable[[tuple[int, ...], float, torch.device], Entries],
+) -> BenchmarkCase:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    entries = {shape: select(shape, SHARE, device) for shape in set(SHAPES[size])}
+    selected = sum(entries[s].numel for s in SHAPES[size])
+    implementations: dict[str, Run] = {OURS: _ours, "torch": _torch}
+    if device.type == "cuda":
+        implementations["torch.compile"] = torch.compile(_torch, dynamic=False)
+    return BenchmarkCase(
+        operation="swap_selected",
+        name=name,
+        make=lambda seed: _inputs(size, dtype, entries, device, seed),
+        implementations=implementations,
+        expected=_torch,
+        baseline="torch",
+        minimum_bytes=4 * selected * dtype.itemsize,  # both sides read and written
+        tolerance=0.0,
+        shapes={"selected": selected},
+    )
+
+
+def _inputs(
+    size: Size,
+    dtype: torch.dtype,
+    entries: dict[tuple[int, int], Entries],
+    device: torch.device,
+    seed: int,
+) -> list[Swap]:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    swaps = []
+    for shape in SHAPES[size]:
+        weight = torch.randn(shape, generator=generator, device=device).to(dtype)
+        count = entries[shape].numel
+        values = torch.randn(count, generator=generator, device=device).to(dtype)
+        swaps.append((weight, entries[shape], values))
+    return swaps
+
+
+def _results(swaps: list[Swap]) -> list[Tensor]:
+    return [t for weight, _, values in swaps for t in (weight, values)]
+
+
+def _ours(swaps: list[Swap]) -> list[Tensor]:
+    swap_selected_(swaps)
+    return _results(swaps)
+
+
+def _torch(swaps: list[Swap]) -> list[Tensor]:
+    """Indexing as one would write it by hand."""
+    for weight, entries, values in swaps:
+        if entries.kind == "rows":
+            kept = weight[entries.rows]
+            weight[entries.rows] = values.view_as(kept)
+        else:
+            assert entries.positions is not None
+            flat, at = weight.view(-1), entries.positions.long()
+            kept = flat[at]
+            flat[at] = values
+        values.copy_(kept.reshape(-1))
+    return _results(swaps)
