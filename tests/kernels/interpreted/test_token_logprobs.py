@@ -5,8 +5,9 @@ import torch
 
 from lit_align_kernels.audit.interpreter import interpreted
 from lit_align_kernels.audit.traffic import traffic
-from lit_align_kernels.token_logprobs import audit
+from lit_align_kernels.token_logprobs import WeightHandle, audit, token_logprobs
 from lit_align_kernels.token_logprobs.kernel import padded_logits, rows_backward_, rows_forward
+from tests.kernels.cases import entries_of, flat_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
@@ -41,7 +42,7 @@ def torch_rows(raw, targets, grad, scale, cap, dtype):
 
 
 def run_rows(logits, targets, grad, scale=1.0, cap=None):
-    with interpreted():
+    with interpreted(), traffic():  # which raises where something stray is touched
         logps, logsumexp = rows_forward(logits, targets, scale, cap)
         rows_backward_(logits, targets, logsumexp, grad, scale, cap)
     return logps, logsumexp, logits
@@ -144,9 +145,7 @@ def test_a_soft_cap_bounds_infinities(cap):
 def test_targets_outside_the_vocabulary_are_nan_and_read_nothing():
     logits = raw_logits(4, 507, torch.bfloat16)
     targets = torch.tensor([507, -100, 1 << 40, 2])
-    with traffic() as seen:
-        check_rows(logits, targets, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert seen.out_of_bounds == 0
+    check_rows(logits, targets, torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
 
 def test_a_factor_of_zero_gives_exactly_zero():
@@ -174,6 +173,17 @@ def test_values_of_rows_may_lie_apart():
     check_rows(logits, targets, grad)
 
 
+def test_rows_beyond_2_to_the_31_elements(tmp_path):
+    """In a sparse file, of which only the touched pages exist."""
+    stride = (1 << 30) + 16
+    storage = torch.from_file(
+        str(tmp_path / "logits"), shared=True, size=2 * stride + 512, dtype=torch.bfloat16
+    )
+    logits = storage.as_strided((3, 507), (stride, 1))
+    logits.copy_(raw_logits(3, 507, torch.bfloat16))
+    check_rows(logits, torch.tensor([0, 1, 506]), torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_no_rows():
     logps, logsumexp, _ = run_rows(
         raw_logits(0, 507, torch.float32), torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -187,6 +197,53 @@ def test_rows_must_be_rows():
         rows_forward(logits.t(), torch.zeros(507, dtype=torch.int64), 1.0, None)
     with pytest.raises(ValueError, match="targets"):
         rows_forward(logits, torch.zeros(3, dtype=torch.int64), 1.0, None)
+
+
+@pytest.mark.parametrize("kind", ["rows", "elements", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_public_function_in_chunks_of_tokens(monkeypatch, dtype, kind):
+    """Log-probs and all gradients, chunked and at once, against fp64."""
+    generator = torch.Generator().manual_seed(0)
+    n, vocabulary, width = 21, 507, 48
+    hidden = torch.randn(n, width, generator=generator).to(dtype)
+    weight = (0.3 * torch.randn(vocabulary, width, generator=generator)).to(dtype)
+    bias = torch.randn(vocabulary, generator=generator).to(dtype)
+    targets = torch.randint(vocabulary, (n,), generator=generator)
+    grad = torch.randn(n, generator=generator)
+    entries = None if kind is None else entries_of(kind, (vocabulary, width))
+    exact = _gradients_in_fp64(hidden, weight, bias, targets, grad)
+
+    monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
+    inputs = [t.clone().requires_grad_() for t in (hidden, bias)]
+    selected = None if entries is None else torch.zeros(entries.numel, requires_grad=True)
+    trained = weight.clone().requires_grad_(entries is None)
+    handle = WeightHandle(trained, selected, entries, inputs[1])
+    with interpreted(), traffic() as seen:
+        logps = token_logprobs(
+            inputs[0], handle, targets, logit_scale=0.5, soft_cap=8.0, max_logits_bytes=5 << 10
+        )
+        logps.backward(grad)
+    assert {"forward_kernel", "backward_kernel"} <= {launch.kernel for launch in seen.launches}
+    assert len(seen.launches) > 10 and seen.out_of_bounds == 0
+    d_weight = exact[2] if entries is None else exact[2].reshape(-1)[flat_order(entries)]
+    found = trained.grad if entries is None else selected.grad
+    # Logits in the hidden states' dtype: each is known to half a unit in its last place.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for got, want in (
+        (logps, exact[0]),
+        (inputs[0].grad, exact[1]),
+        (found, d_weight),
+        (inputs[1].grad, exact[3]),
+    ):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def _gradients_in_fp64(hidden, weight, bias, targets, grad):
+    h, w, b = (t.double().requires_grad_() for t in (hidden, weight, bias))
+    z = 8.0 * torch.tanh((h @ w.t() + b) * 0.5 / 8.0)
+    logps = z.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    logps.backward(grad.double())
+    return logps.detach(), h.grad, w.grad, b.grad
 
 
 @pytest.mark.parametrize("case", audit.traffic_cases(), ids=lambda case: case.name)

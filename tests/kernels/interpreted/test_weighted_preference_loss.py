@@ -40,7 +40,7 @@ def assert_within_budget(got, exact, same_dtype, eps):
 
 
 def run(logits, targets, ref_logps, weights, beta=0.1, scale=1.0, cap=None):
-    with interpreted():
+    with interpreted(), traffic():  # which raises where something stray is touched
         losses, logps = npo_rows_(logits, targets, ref_logps, weights, beta, scale, cap, -100)
     return losses, logps, logits
 
@@ -113,10 +113,10 @@ def test_ignored_tokens_are_zero_and_unread():
     logits[1] = torch.nan
     targets = torch.tensor([5, -100, 7])
     ref_logps, weights = torch.tensor([-5.0, torch.nan, -5.0]), torch.ones(3)
-    with traffic() as seen:
-        losses, logps, d_logits = run(logits, targets, ref_logps, weights)
-    assert losses[1] == logps[1] == 0 and (d_logits[1] == 0).all()
-    assert losses[[0, 2]].gt(0).all() and d_logits.isfinite().all()
+    with interpreted(), traffic() as seen:
+        losses, logps = npo_rows_(logits, targets, ref_logps, weights, 0.1, 1.0, None, -100)
+    assert losses[1] == logps[1] == 0 and (logits[1] == 0).all()
+    assert losses[[0, 2]].gt(0).all() and logits.isfinite().all()
     (launch,) = seen.launches
     assert launch.tensors["logits_ptr"].loaded == 2 * 2 * (2 * 507 + 1)
 
@@ -137,12 +137,10 @@ def test_a_weight_of_zero_gives_zero_whatever_the_log_probs_are():
 
 def test_stray_targets_are_nan():
     logits = raw_logits(3, 507, torch.float32)
-    with traffic() as seen:
-        losses, logps, _ = run(
-            logits, torch.tensor([507, -1, 3]), torch.full((3,), -5.0), torch.ones(3)
-        )
+    losses, logps, _ = run(
+        logits, torch.tensor([507, -1, 3]), torch.full((3,), -5.0), torch.ones(3)
+    )
     assert losses.isnan().tolist() == logps.isnan().tolist() == [True, True, False]
-    assert seen.out_of_bounds == 0
 
 
 def test_no_rows():
@@ -154,13 +152,12 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("case", audit.traffic_cases(), ids=lambda case: case.name)
-def test_traffic_is_two_reads_and_one_write(case):
+def test_traffic_is_two_reads_of_each_row_and_one_write(case):
     with interpreted(), traffic(tensors=case.tensors) as seen:
         case.call()
     assert seen.out_of_bounds == 0 and seen.races == 0
-    targets_again = 3 * (8 + 4)  # the target twice, its logit apart
-    assert case.minimum_bytes <= seen.moved <= case.minimum_bytes + targets_again
-    # Of distinct bytes: one read and one write.
+    assert seen.unique == case.minimum_bytes
     (launch,) = seen.launches
-    counts = launch.tensors["logits_ptr"]
-    assert counts.unique == 2 * counts.stored
+    logits = launch.tensors["logits_ptr"]
+    itself = 3 * 4  # at most: the logit of each row's target is read apart
+    assert 2 * logits.stored <= logits.loaded <= 2 * logits.stored + itself
