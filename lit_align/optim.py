@@ -20,16 +20,24 @@ class MaskedAdamW(torch.optim.Optimizer):
     Parameters; decoupled weight decay therefore cannot move anything else. New values are written
     into the weights by the same call. With every entry selected it follows `torch.optim.AdamW`.
 
+    Attributes:
+        grad_scale: () fp32 tensor on the parameters' device, or None. A factor on every gradient of
+            the next step (clipping, 1 over the units of an accumulation window), read where it is:
+            no pass over the gradients, nothing waits for the GPU. The step takes it off again.
+
     Args:
         params: trainable parameters or groups of them, in fp32.
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of the selected entries.
+        stochastic_rounding: take parameters in bf16 and fp16 too (a model restricted without
+            masters): updates are rounded up or down at random, so that their mean is kept.
+        seed: of that rounding; equal seeds give equal runs, resumed ones included.
 
     Raises:
         ValueError: a setting is out of range.
-        TypeError: a parameter is not fp32 (a restricted model has none such).
+        TypeError: a parameter is in 16 bits without `stochastic_rounding`, or no float at all.
     """
 
     writes_through = True  # the hook after every optimiser's step leaves these weights alone
@@ -41,29 +49,57 @@ class MaskedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         beta1, beta2 = betas
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(
                 f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} out of range"
             )
-        defaults = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": (beta1, beta2),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "rounds": 0,  # steps taken: the rounding's counter, kept in checkpoints
+        }
+        self.grad_scale: Tensor | None = None
         super().__init__(params, defaults)
         self._links: dict[int, Link] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; the links to the weights are looked up again."""
         super().__setstate__(state)
+        for group in self.param_groups:  # of a checkpoint from before there was a choice
+            for name, value in (("stochastic_rounding", False), ("seed", 0), ("rounds", 0)):
+                group.setdefault(name, value)
         self._links = None
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; moments stay fp32 beside 16-bit parameters (torch would cast them)."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        ours = [p for group in self.param_groups for p in group["params"]]
+        for i, parameter in zip(saved, ours, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if parameter.dtype != torch.float32 and i in state_dict["state"]:
+                    moment = state_dict["state"][i][name].to(parameter.device, torch.float32)
+                    self.state[parameter][name] = moment.clone()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters must be fp32."""
+        """Add a group; its parameters must be fp32, or 16 bits with stochastic rounding."""
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype != torch.float32:
+        group = self.param_groups[-1]
+        small = (torch.bfloat16, torch.float16) if group["stochastic_rounding"] else ()
+        for parameter in group["params"]:
+            if parameter.dtype not in (torch.float32, *small):
                 raise TypeError(
                     f"MaskedAdamW trains fp32 parameters, got {parameter.dtype}: restrict the "
-                    "model (selected entries are fp32 masters) or load it in float32"
+                    "model (selected entries are fp32 masters), load it in float32, or round "
+                    "stochastically"
                 )
         self._links = None
 
@@ -80,7 +116,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self._links is None:
             self._links = linked(self)
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             batch = [self._entry(p) for p in group["params"] if p.grad is not None]
             masked_adamw_(
                 batch,
@@ -89,15 +125,25 @@ class MaskedAdamW(torch.optim.Optimizer):
                 beta2=group["betas"][1],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
+                grad_scale=self.grad_scale,
+                stochastic_rounding_seed=self._rounding_seed(group, number),
             )
+            group["rounds"] += 1
+        self.grad_scale = None
         return loss
+
+    def _rounding_seed(self, group: dict[str, Any], number: int) -> int | None:
+        """Another one for every step and group."""
+        if not group["stochastic_rounding"]:
+            return None
+        return (group["seed"] << 32) + group["rounds"] * len(self.param_groups) + number
 
     def _entry(self, parameter: Tensor) -> AdamWEntry:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         assert self._links is not None and parameter.grad is not None
         link = self._links.get(id(parameter))
         return AdamWEntry(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_align.compact import restrict
+from lit_align.compact import links, restrict, sync
 from lit_align.optim import MaskedAdamW
+from lit_align_kernels.swap_selected import gather_entries
 from tests.compact.test_restrict import compact_steps, make_mask, trainable
 from tests.tiny_models import tiny_model
 
@@ -66,3 +67,57 @@ def test_going_on_from_a_state_dict_is_exact():
     compact_steps(twin, 2, again)
     for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_scale_on_the_gradients_holds_for_one_step():
+    plain, scaled = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    one, other = MaskedAdamW([plain], lr=0.1), MaskedAdamW([scaled], lr=0.1)
+    for factor in (4.0, 1.0):
+        plain.grad = torch.tensor([1.0, -2.0, 0.5])
+        scaled.grad = plain.grad * factor
+        other.grad_scale = torch.tensor(1 / factor) if factor != 1 else None
+        one.step()
+        other.step()
+        assert other.grad_scale is None
+    assert torch.equal(plain, scaled)
+
+
+def without_masters(seed=0):
+    model = restrict(tiny_model().bfloat16(), make_mask(tiny_model()), masters=False)
+    return model, MaskedAdamW(trainable(model), lr=1e-3, stochastic_rounding=True, seed=seed)
+
+
+def test_weights_without_masters_train_by_stochastic_rounding():
+    model, optimizer = without_masters()
+    assert {p.dtype for p in trainable(model)} == {torch.bfloat16}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    compact_steps(model, 3, optimizer)
+    moved = total = 0
+    for link in links(model):
+        assert torch.equal(gather_entries(link.weight, link.state.entries), link.selected.view(-1))
+        moved += int((link.selected != before[name_of(model, link.selected)]).sum())
+        total += link.selected.numel()
+    assert moved > total / 4  # a few have large steps of bf16's grid to go
+    assert {v["exp_avg"].dtype for v in optimizer.state.values()} == {torch.float32}
+    other, other_optimizer = without_masters(seed=1)
+    compact_steps(other, 3, other_optimizer)
+    pairs = zip(trainable(model), trainable(other), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def name_of(model, parameter):
+    return next(n for n, p in model.named_parameters() if p is parameter)
+
+
+def test_stochastic_rounding_goes_on_exactly_from_a_state_dict():
+    model, optimizer = without_masters()
+    compact_steps(model, 2, optimizer)
+    again, again_optimizer = without_masters()
+    for target, source in zip(trainable(again), trainable(model), strict=True):
+        target.data.copy_(source)
+    sync(again)
+    again_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    compact_steps(model, 2, optimizer)
+    compact_steps(again, 2, again_optimizer)
+    for one, other in zip(trainable(model), trainable(again), strict=True):
+        assert torch.equal(one, other)

@@ -14,7 +14,9 @@ from lit_align_kernels.swap_selected import gather_entries
 from lit_align_kernels.token_logprobs import WeightHandle
 
 
-def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -> nn.Module:
+def restrict(
+    model: nn.Module, mask: ParameterMask, *, keep_base: bool = True, masters: bool = True
+) -> nn.Module:
     """Restrict training to the selected entries, in place.
 
     Every parameter is frozen. A module that holds a partly selected parameter changes its class
@@ -26,6 +28,9 @@ def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -
         mask: which entries train; its names are those of `model.named_parameters()`.
         keep_base: keep the base's values of the selected entries (mask's size, the weight's dtype),
             which `reference_policy` swaps in.
+        masters: keep the selected entries in fp32. Without, they have the weight's dtype: train a
+            model in bf16 or fp16 with `MaskedAdamW(stochastic_rounding=True)` then, since other
+            optimisers would lose most updates.
 
     Returns:
         The model itself.
@@ -50,7 +55,7 @@ def restrict(model: nn.Module, mask: ParameterMask, *, keep_base: bool = True) -
     touched: dict[nn.Module, None] = {}
     for name, selection in selected.items():
         weight = parameters[name]
-        _install(name, weight, selection.entries(), owners[id(weight)], keep_base)
+        _install(name, weight, selection.entries(), owners[id(weight)], keep_base, masters)
         touched.update(dict.fromkeys(module for module, _ in owners[id(weight)]))
     for module in touched:
         make_compact(module)
@@ -76,11 +81,13 @@ def _install(
     entries: Entries,
     owners: list[tuple[nn.Module, str]],
     keep_base: bool,
+    masters: bool,
 ) -> None:
     """Give every owner of `weight` the trainable entries and their state (one of each, shared)."""
     entries = entries.to(weight.device)
     base = gather_entries(weight.detach(), entries) if keep_base else None
-    is_whole = entries.kind == "all" and weight.dtype == torch.float32
+    dtype = torch.float32 if masters else weight.dtype
+    is_whole = entries.kind == "all" and weight.dtype == dtype
     trainable = None if is_whole else trainable_name(owners[0][1])
     state = CompactParameter(name, entries, base, trainable)
     if is_whole:
@@ -88,7 +95,7 @@ def _install(
         selected = None
     else:
         values = gather_entries(weight.detach(), entries) if base is None else base
-        selected = nn.Parameter(values.to(torch.float32, copy=True))
+        selected = nn.Parameter(values.to(dtype, copy=True))
     for module, attribute in owners:
         module.__dict__.setdefault(STATE, {})[attribute] = state
         if trainable is not None:
