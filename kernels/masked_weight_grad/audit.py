@@ -60,7 +60,7 @@ def _case(
         signature={
             "a_ptr": pointer, "b_ptr": pointer, "out_ptr": "*fp32", "tiles_ptr": "*i32",
             "runs_ptr": "*i32", "starts_ptr": f"*{place}", "bitmap_ptr": "*i32", "N": "i32",
-            "P": number, "Q": number, "a_stride": "i32", "b_stride": "i32", "a_length": "i32",
+            "P": "i32", "Q": number, "a_stride": "i32", "b_stride": "i32", "a_length": "i32",
             "b_length": "i32", "bitmap_words": "i32",
         },
         constexprs={

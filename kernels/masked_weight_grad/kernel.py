@@ -93,7 +93,11 @@ def _store(
     return starts
 
 
-@triton.jit
+# One compiled kernel for all numbers of tokens and all strides: only Q decides about widths.
+GENERAL = ["N", "P", "a_stride", "b_stride", "a_length", "b_length", "bitmap_words"]
+
+
+@triton.jit(do_not_specialize=GENERAL)
 def masked_product_kernel(
     a_ptr, b_ptr, out_ptr, tiles_ptr, runs_ptr, starts_ptr, bitmap_ptr,
     N, P, Q, a_stride, b_stride, a_length, b_length, bitmap_words,
