@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ SIGNATURE = {
     **dict.fromkeys(("lr", "decay", "beta1", "one_minus_beta1", "log_beta1"), "fp32"),
     **dict.fromkeys(("beta2", "one_minus_beta2", "log_beta2", "eps"), "fp32"),
 }
-SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+SETTINGS: dict[str, Any] = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 INT32, INT64 = torch.int32, torch.int64
 

@@ -82,10 +82,10 @@ def aligned_grad(
 @triton.jit
 def adamw(exp_avg, exp_avg_sq, master, grad, settings):
     """The equation: moments and master after the step."""
-    step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps = settings
+    step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, scale2, eps = settings
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    root = tl.sqrt(exp_avg_sq) / correction2 + eps
+    root = tl.sqrt(exp_avg_sq) * scale2 + eps
     return exp_avg, exp_avg_sq, master * decay - step_size * (exp_avg / root)
 
 
@@ -184,9 +184,9 @@ def masked_adamw_kernel(
     numel = field(parameter, NUMEL)
     step = tl.load(pointer(parameter, STEP, False, tl.float32))  # table
     step_size = lr / bias_correction(log_beta1, step)
-    correction2 = tl.sqrt(bias_correction(log_beta2, step))
+    scale2 = 1 / tl.sqrt(bias_correction(log_beta2, step))
     settings = (
-        step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps
+        step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, scale2, eps
     )  # fmt: skip
     scale = 1.0
     if grad_scale is not None:
@@ -241,8 +241,8 @@ class Variant:
 
     @property
     def blocks(self) -> int:
-        """Blocks of one program: more where a block has narrow accesses of its own."""
-        return 2 if self.grad_aligned else 4
+        """Blocks of one program: more where wide accesses are fewer beside the narrow ones."""
+        return 2 if self.grad_aligned and self.master == torch.float32 else 4
 
 
 def launch(

@@ -178,6 +178,24 @@ def test_positions_past_what_int32_holds(monkeypatch):
     check_one_step(example("elements", (252, 123)))
 
 
+def test_wide_accesses_are_promised_only_where_addresses_and_rows_allow_them():
+    # The interpreter ignores such promises, a GPU faults where they are broken.
+    def even(kind, shape, offset=0):
+        weight = amid_nans(torch.zeros(math.prod(shape)).bfloat16(), 16 + offset).view(shape)
+        entries = entries_of(kind, shape)
+        return launch_tables.place(weight, entries, entries.numel, 1024)[0]
+
+    assert even("rows", (40, 64)) == ("short_rows", torch.int64, True)
+    assert even("rows", (9, 1040)) == ("rows", torch.int64, True)
+    assert not even("rows", (40, 72))[2] and not even("rows", (9, 1032))[2]
+    assert not even("rows", (40, 64), 1)[2] and not even("columns", (64, 64))[2]
+    assert even("all", (9, 7))[2] and not even("all", (9, 7), 3)[2]
+    entries = entries_of("elements, one", (40, 64))
+    assert launch_tables.place(torch.zeros(40, 64), entries, 1, 1024)[0][::2] == ("index", True)
+    entries.positions = torch.zeros(2, dtype=torch.int32)[1:]
+    assert launch_tables.place(torch.zeros(40, 64), entries, 1, 1024)[0][::2] == ("index", False)
+
+
 def test_many_parameters_in_one_launch_step_on_their_own():
     shapes = [(252, 123), (5, 7), (64, 100), (3, 1500)]
     batch = [example("elements", s, seed=i, steps=10 * i) for i, s in enumerate(shapes)]
