@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -11,33 +10,18 @@ from torch.autograd.function import once_differentiable
 
 from lit_align_kernels import dispatch
 from lit_align_kernels.entries import Entries
-from lit_align_kernels.token_logprobs import reference
-from lit_align_kernels.token_logprobs.reference import HeadSettings, TokenStatistics
+from lit_align_kernels.token_logprobs import chunks, vocabulary_blocks
+from lit_align_kernels.token_logprobs.head import WeightHandle, check_inputs, handle_of
+from lit_align_kernels.token_logprobs.vocabulary_blocks import HeadSettings, TokenStatistics
 
 __all__ = ["TokenStatistics", "WeightHandle", "token_logprobs", "token_logprobs_with_statistics"]
 
-DEFAULT_LOGITS_BYTES = 16 << 20
 MIN_BLOCK = 256
 
 
-@dataclasses.dataclass
-class WeightHandle:
-    """A head's weight together with the trainable entries that stand for it.
-
-    Attributes:
-        weight: (V, D), frozen.
-        selected: (M,) fp32, the Parameter that receives the gradient.
-        entries: which entries of the weight `selected` holds.
-        bias: (V,) or None.
-    """
-
-    weight: Tensor
-    selected: Tensor | None = None
-    entries: Entries | None = None
-    bias: Tensor | None = None
-
-
 class _TokenLogprobs(torch.autograd.Function):
+    """Without Triton a block of the vocabulary at a time, with it a chunk of tokens at a time."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -48,47 +32,79 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         entries: Entries | None,
         settings: HeadSettings,
+        triton_bytes: int | None,
     ) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            logps, logsumexp = reference.forward(hidden, weight, bias, targets, settings)
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.entries, ctx.settings = entries, settings
+            if triton_bytes is None:
+                logps, logsumexp = vocabulary_blocks.forward(
+                    hidden, weight, bias, targets, settings, kept
+                )
+            else:
+                from lit_align_kernels.token_logprobs import kernel
+
+                tokens = chunks.Chunks(hidden, WeightHandle(weight, bias=bias), triton_bytes, True)
+                logps, logsumexp = chunks.forward(
+                    tokens, kernel, targets, settings.logit_scale, settings.soft_cap
+                )
+        ctx.save_for_backward(hidden, weight, selected, bias, targets, logsumexp)
+        ctx.entries, ctx.settings, ctx.triton_bytes = entries, settings, triton_bytes
+        ctx.kept = kept
         ctx.mark_non_differentiable(logsumexp)
         return logps, logsumexp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        wants_hidden, wants_dense, wants_selected, wants_bias = ctx.needs_input_grad[:4]
-        with torch.autocast(hidden.device.type, enabled=False):
-            d_hidden, d_weight, d_bias = reference.backward(
-                grad.float(),
-                logsumexp,
-                hidden,
-                weight,
-                bias,
-                targets,
-                ctx.settings,
-                ctx.entries if wants_selected else None,
-                (wants_hidden, wants_dense or wants_selected, wants_bias),
-            )
-        if wants_selected:
-            return d_hidden, None, d_weight, d_bias, None, None, None
-        return d_hidden, d_weight, None, d_bias, None, None, None
+        with torch.autocast(grad.device.type, enabled=False):
+            by_blocks = ctx.triton_bytes is None
+            found = (_blocks_backward if by_blocks else _triton_backward)(ctx, grad.float())
+        d_hidden, d_weight, d_bias = found
+        if ctx.needs_input_grad[2]:
+            return d_hidden, None, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, None, d_bias, None, None, None, None
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit head {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit head {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}")
-    if targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"targets in [{low}, {high}], the vocabulary has {weight.shape[0]}")
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _needs(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether hidden, weight (or its selected entries) and bias need a gradient."""
+    hidden, dense, selected, bias = ctx.needs_input_grad[:4]
+    return hidden, dense or selected, bias
+
+
+def _blocks_backward(ctx: Any, grad: Tensor) -> _Gradients:
+    hidden, weight, _, bias, targets, logsumexp = ctx.saved_tensors
+    entries = ctx.entries if ctx.needs_input_grad[2] else None
+    return vocabulary_blocks.backward(
+        grad, logsumexp, hidden, weight, bias, targets, ctx.settings, entries, _needs(ctx),
+        ctx.kept,
+    )  # fmt: skip
+
+
+def _triton_backward(ctx: Any, grad: Tensor) -> _Gradients:
+    from lit_align_kernels.token_logprobs import kernel
+
+    hidden, weight, selected, bias, targets, logsumexp = ctx.saved_tensors
+    s: HeadSettings = ctx.settings
+    handle = WeightHandle(weight, selected, ctx.entries, bias)
+    tokens = chunks.Chunks(hidden, handle, ctx.triton_bytes, True)
+    sums = chunks.Gradients(tokens, _needs(ctx))
+    chunks.backward(
+        tokens, kernel, targets, logsumexp, grad.contiguous(), s.logit_scale, s.soft_cap, sums
+    )
+    return sums.hidden, sums.weight, sums.bias
+
+
+def _block_sizes(hidden: Tensor, weight: Tensor, max_logits_bytes: int) -> tuple[int, int]:
+    """Vocabulary entries of a block, and how many blocks more fit the budget."""
+    block = max(MIN_BLOCK, max_logits_bytes // (4 * max(1, *hidden.shape)))
+    if hidden.device.type == "cpu":
+        block = min(block, chunks.CPU_BLOCK)
+    block = min(block, weight.shape[0])
+    block_bytes = 4 * max(1, len(hidden)) * max(1, block)
+    return block, max(0, max_logits_bytes // block_bytes - 1)
 
 
 def _apply(
@@ -98,17 +114,21 @@ def _apply(
     bias: Tensor | None,
     logit_scale: float,
     soft_cap: float | None,
-    max_logits_bytes: int,
+    max_logits_bytes: int | None,
 ) -> tuple[Tensor, Tensor, WeightHandle, HeadSettings]:
-    if isinstance(weight, WeightHandle) and bias is not None:
-        raise ValueError("a WeightHandle brings its own bias: give none beside it")
-    handle = weight if isinstance(weight, WeightHandle) else WeightHandle(weight, bias=bias)
-    _check(hidden, handle.weight, handle.bias, targets)
-    dispatch.implementation_for("token_logprobs", hidden.device)
-    block = max(MIN_BLOCK, max_logits_bytes // (4 * max(1, *hidden.shape)))
-    settings = HeadSettings(logit_scale, soft_cap, min(block, handle.weight.shape[0]))
+    handle = handle_of(weight, bias)
+    check_inputs(hidden, handle, targets)
+    if max_logits_bytes is None:
+        max_logits_bytes = chunks.default_logits_bytes(hidden.device)
+    triton = dispatch.implementation_for("token_logprobs", hidden.device) == "triton"
+    trained = (hidden, handle.weight, handle.selected, handle.bias)
+    wants_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in trained
+    )
+    block, kept_blocks = _block_sizes(hidden, handle.weight, max_logits_bytes)
+    settings = HeadSettings(logit_scale, soft_cap, block, kept_blocks if wants_gradient else 0)
     logps, logsumexp = _TokenLogprobs.apply(
-        hidden, handle.weight, handle.selected, handle.bias, targets, handle.entries, settings
+        *trained, targets, handle.entries, settings, max_logits_bytes if triton else None
     )
     return logps, logsumexp, handle, settings
 
@@ -121,7 +141,7 @@ def token_logprobs(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
-    max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
+    max_logits_bytes: int | None = None,
 ) -> Tensor:
     """Log softmax(hidden · weightᵀ)[target] for every target.
 
@@ -133,8 +153,10 @@ def token_logprobs(
         bias: (V,) or None; a handle brings its own.
         logit_scale: factor on the logits.
         soft_cap: c in c·tanh(logits / c), or None.
-        max_logits_bytes: bytes of logits (and of the weight's gradient, where entries train) that
-            may exist at once; at least 256 of the vocabulary are taken together.
+        max_logits_bytes: bytes of logits (and of a dense block of the weight's gradient, where
+            entries train) that may exist at once; at least 256 of the vocabulary, in Triton one
+            token, are taken together. Without Triton what fits is kept for the backward, and the
+            rest is formed once more there. None: 40 MiB, on a GPU 256 MiB.
 
     Returns:
         (N,) fp32, accumulated in fp32. N may be 0.
@@ -154,12 +176,12 @@ def token_logprobs_with_statistics(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
-    max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
+    max_logits_bytes: int | None = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """`token_logprobs`, and what is worth logging of the distributions (one more pass)."""
     logps, logsumexp, handle, settings = _apply(
         hidden, weight, targets, bias, logit_scale, soft_cap, max_logits_bytes
     )
-    return logps, reference.statistics(
+    return logps, vocabulary_blocks.statistics(
         hidden.detach(), handle.weight, handle.bias, targets, logsumexp, settings
     )

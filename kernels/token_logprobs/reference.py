@@ -1,211 +1,79 @@
-"""Log-probs of target tokens from hidden states, a block of the vocabulary at a time. Plain torch.
+"""Log-probs and gradients from whole rows of logits, in plain torch; what the row kernels compute.
 
-With logits z = f(h Wᵀ + b) (f scales and soft-caps) and target t:
+With raw products x of the head, z = f(x) (f scales and soft-caps) and target t:
 
-    logp = z_t − logsumexp(z)          d logp / d z = onehot(t) − softmax(z)
-
-The forward keeps one running logsumexp; the backward forms each block of logits once more, so that
-neither ever holds more than (N, block) of them.
+    logp = z_t − logsumexp(z)        d logp / d x = (onehot(t) − softmax(z)) · f′(x)
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from lit_align_kernels.entries import Entries
-from lit_align_kernels.masked_weight_grad import gather_block
+BLOCK = 1024  # columns at a time: copies of them stay small
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadSettings:
-    """How logits are formed from the head's product.
-
-    Attributes:
-        logit_scale: factor on the logits.
-        soft_cap: c in c·tanh(z / c) after scaling, or None.
-        block: vocabulary entries whose logits, and rows of the weight's gradient, exist at once.
-    """
-
-    logit_scale: float = 1.0
-    soft_cap: float | None = None
-    block: int = 4096
+def scaled(logits: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
+    """f(x) in fp32; a view of `logits` where there is nothing to do."""
+    z = logits.float()
+    if logit_scale != 1.0:
+        z = z * logit_scale
+    return z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
 
 
-@dataclasses.dataclass
-class TokenStatistics:
-    """What is worth logging of the distributions behind the log-probs; no gradient.
-
-    Attributes:
-        entropy_nats: (N,) fp32.
-        is_argmax: (N,) bool, whether the target is the most likely token.
-        mean_logit: (N,) fp32, over the vocabulary.
-    """
-
-    entropy_nats: Tensor
-    is_argmax: Tensor
-    mean_logit: Tensor
+def scaled_derivative(z: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
+    """f′(x), of z = f(x)."""
+    return logit_scale * (torch.ones_like(z) if soft_cap is None else 1 - (z / soft_cap).square())
 
 
-def _blocks(weight: Tensor, s: HeadSettings) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each block of the vocabulary."""
-    for start in range(0, weight.shape[0], s.block):
-        yield start, min(weight.shape[0], start + s.block)
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int, s: HeadSettings
-) -> Tensor:
-    part = weight[start:stop].to(hidden.dtype)
-    logits = (hidden @ part.t()).float()
-    if bias is not None:
-        logits += bias[start:stop].float()
-    if s.logit_scale != 1.0:
-        logits *= s.logit_scale
-    if s.soft_cap is not None:
-        logits = s.soft_cap * torch.tanh(logits / s.soft_cap)
-    return logits
-
-
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, s: HeadSettings
+def rows_forward(
+    logits: Tensor, targets: Tensor, logit_scale: float, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets and the logsumexp of their logits, each (N,) fp32."""
-    logsumexp = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=torch.float32)
-    # NaN, not empty: on a GPU targets are not checked, and a stray one must not read old memory.
-    target_logit = torch.full_like(logsumexp, torch.nan)
-    for start, stop in _blocks(weight, s):
-        logits = _logits(hidden, weight, bias, start, stop, s)
-        _take_targets(logits, targets, start, stop, target_logit)
-        torch.logaddexp(logsumexp, torch.logsumexp(logits, dim=1), out=logsumexp)
-    return target_logit - logsumexp, logsumexp
-
-
-def _take_targets(logits: Tensor, targets: Tensor, start: int, stop: int, out: Tensor) -> None:
-    inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
-    out[inside] = logits[inside, targets[inside] - start]
-
-
-def backward(
-    grad: Tensor,
-    logsumexp: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    s: HeadSettings,
-    entries: Entries | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the log-probs, weighted by `grad` (N,).
+    """Log-probs of the targets and logsumexp of the logits, each (C,) fp32.
 
     Args:
-        grad: (N,) fp32, the gradient that arrives at the log-probs.
-        logsumexp: (N,) fp32 from `forward`.
-        hidden: (N, D).
-        weight: (V, D).
-        bias: (V,) or None.
-        targets: (N,) int64.
-        s: how logits are formed.
-        entries: selected entries of the weight, or None for a dense gradient.
-        needs: whether hidden, weight (or its selected entries) and bias need a gradient.
-
-    Returns:
-        Gradients of hidden (N, D) in its dtype, of the weight ((V, D) in its dtype, or (M,) fp32 at
-        its selected entries), and of the bias (V,); None where not needed.
+        logits: (C, V) raw products of the head, bias included; any float dtype.
+        targets: (C,) int64; one outside [0, V) gets NaN.
+        logit_scale: factor on the logits.
+        soft_cap: c in c·tanh(logits / c), or None.
     """
-    needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-    grad_bias = (
-        torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
-    )
-    grad_weight = None
-    if needs_weight:
-        size = weight.shape if entries is None else (entries.numel,)
-        grad_weight = torch.empty(size, dtype=torch.float32, device=weight.device)
-    for start, stop in _blocks(weight, s):
-        d_logits = _logit_gradient(grad, logsumexp, hidden, weight, bias, targets, s, start, stop)
-        if grad_bias is not None:
-            grad_bias[start:stop] = d_logits.sum(0)
-        d_logits = d_logits.to(hidden.dtype)
-        if grad_hidden is not None:
-            grad_hidden += d_logits @ weight[start:stop].to(hidden.dtype)
-        if grad_weight is not None:
-            _weight_gradient(d_logits, hidden, entries, start, stop, grad_weight)
-    return (
-        None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-        grad_weight if entries is not None or grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-    )
+    parts = [
+        scaled(part, logit_scale, soft_cap).logsumexp(1) for part in logits.split(BLOCK, dim=1)
+    ]
+    logsumexp = torch.stack(parts).logsumexp(0)
+    target = target_logits(logits, targets, logit_scale, soft_cap)
+    return target - logsumexp, logsumexp
 
 
-def _logit_gradient(
-    grad: Tensor,
-    logsumexp: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    s: HeadSettings,
-    start: int,
-    stop: int,
+def target_logits(
+    logits: Tensor, targets: Tensor, logit_scale: float, soft_cap: float | None
 ) -> Tensor:
-    """Gradient of the head's product for one block of the vocabulary, (N, stop - start) fp32."""
-    logits = _logits(hidden, weight, bias, start, stop, s)
-    chain = None if s.soft_cap is None else 1.0 - (logits / s.soft_cap).square()
-    logits -= logsumexp[:, None]
-    d_logits = logits.exp_().mul_(-grad[:, None])
-    inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
-    d_logits[inside, targets[inside] - start] += grad[inside]
-    if chain is not None:
-        d_logits *= chain
-    return d_logits if s.logit_scale == 1.0 else d_logits.mul_(s.logit_scale)
+    """z_t of every row, (C,) fp32; NaN where the target lies outside the vocabulary."""
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    at = targets.where(inside, 0)[:, None]
+    return scaled(logits.gather(1, at)[:, 0], logit_scale, soft_cap).where(inside, torch.nan)
 
 
-def _weight_gradient(
-    d_logits: Tensor, hidden: Tensor, entries: Entries | None, start: int, stop: int, out: Tensor
-) -> None:
-    if entries is None:
-        torch.mm(d_logits.t(), hidden, out=out[start:stop]) if hidden.dtype == out.dtype else (
-            out[start:stop].copy_(d_logits.t() @ hidden)
-        )
-    elif entries.kind == "rows" and entries.axis == 0:
-        assert entries.rows is not None
-        bounds = torch.tensor([start, stop], device=out.device)
-        first, last = torch.searchsorted(entries.rows, bounds).tolist()
-        chosen = d_logits.index_select(1, entries.rows[first:last] - start)
-        width = hidden.shape[1]
-        out[first * width : last * width] = (chosen.t() @ hidden).reshape(-1)
-    else:
-        gather_block(d_logits.t() @ hidden, entries, start, stop, out)
-
-
-@torch.no_grad()
-def statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def rows_backward_(
+    logits: Tensor,
     targets: Tensor,
     logsumexp: Tensor,
-    s: HeadSettings,
-) -> TokenStatistics:
-    """Entropy, argmax hits and mean logit of each target's distribution, in one more pass."""
-    expected_logit = torch.zeros_like(logsumexp)
-    total, best = torch.zeros_like(logsumexp), torch.full_like(logsumexp, -torch.inf)
-    best_id = torch.zeros_like(targets)
-    for start, stop in _blocks(weight, s):
-        logits = _logits(hidden, weight, bias, start, stop, s)
-        total += logits.sum(1)
-        block_best, block_id = logits.max(1)
-        better = block_best > best
-        best = torch.where(better, block_best, best)
-        best_id = torch.where(better, block_id + start, best_id)
-        expected_logit += (torch.exp(logits - logsumexp[:, None]) * logits).sum(1)
-    return TokenStatistics(
-        entropy_nats=logsumexp - expected_logit,
-        is_argmax=best_id == targets,
-        mean_logit=total / weight.shape[0],
-    )
+    grad: Tensor,
+    logit_scale: float,
+    soft_cap: float | None,
+) -> None:
+    """Replace raw products by grad · d logp / d x.
+
+    Args:
+        logits: (C, V) as in `rows_forward`, overwritten in their dtype.
+        targets: (C,) int64.
+        logsumexp: (C,) fp32 from `rows_forward`.
+        grad: (C,) fp32.
+        logit_scale: factor on the logits.
+        soft_cap: c in c·tanh(logits / c), or None.
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    for part, ids in zip(logits.split(BLOCK, dim=1), columns.split(BLOCK), strict=True):
+        z = scaled(part, logit_scale, soft_cap)
+        d = (ids == targets[:, None]).float() - (z - logsumexp[:, None]).exp()
+        part.copy_(d * scaled_derivative(z, logit_scale, soft_cap) * grad[:, None])
