@@ -34,7 +34,9 @@ def compile_cases(target: str) -> list[CompileCase]:
         "bitmap, bf16 gradient in a bucket": _variant("bitmap", grad=BF16, grad_aligned=False),
         "bitmap, past 2**31": _variant("bitmap", index=INT64, weight=FP32),
         "list": _variant("index"),
-        "list, int64, gradient in a bucket": _variant("index", index=INT64, grad_aligned=False),
+        "list, int64, bf16 gradient in a bucket": _variant(
+            "index", index=INT64, grad=BF16, grad_aligned=False
+        ),
         "rows": _variant("rows", index=INT64, even=True),
         "rows of odd length": _variant("rows", index=INT64, weight=FP16),
         "short rows": _variant("short_rows", index=INT64, even=True, grad=BF16),
