@@ -1,4 +1,4 @@
-"""The public operations on a head, with Triton's kernels in them, against plain autograd in fp64."""
+"""The public operations on a head, with Triton's kernels in them, against autograd in fp64."""
 
 import pytest
 import torch
