@@ -20,8 +20,9 @@ class Entries:
         axis: for `rows`: 0 = rows of `weight.reshape(-1, shape[-1])`, 1 = columns of a 2-D weight
             (an output unit of GPT-2's `Conv1D` is a column).
         rows: (R,) int64, increasing; only for `rows`.
-        positions: (M,) increasing row-major positions, int32 where they fit, else int64; only for
-            `elements`.
+        positions: (M,) increasing row-major positions, int64 on a CPU (torch scatters by nothing
+            else, and a cast at every step costs more than the memory), int32 elsewhere if they fit;
+            only for `elements`.
         row_offsets: (rows + 1,) int64: the positions of row r are
             `positions[row_offsets[r]:row_offsets[r + 1]]`; only for `elements`.
         cache: tables that kernels derive from the entries once; they stand on the same device.
@@ -71,6 +72,8 @@ class Entries:
         """The same entries with the index tensors on `device` (self where they already are)."""
         tensors = (self.rows, self.positions, self.row_offsets)
         rows, positions, row_offsets = (None if t is None else t.to(device) for t in tensors)
+        if positions is not None and device.type != "cpu" and math.prod(self.shape) < 2**31:
+            positions = positions.to(torch.int32)
         moved = (rows, positions, row_offsets)
         if all(new is old for new, old in zip(moved, tensors, strict=True)):
             return self

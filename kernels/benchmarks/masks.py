@@ -15,10 +15,7 @@ def random_elements(shape: tuple[int, ...], share: float, device: torch.device) 
     positions = (torch.rand(math.prod(shape), generator=generator) < share).nonzero()[:, 0]
     starts = torch.arange(math.prod(shape[:-1]) + 1) * shape[-1]
     offsets = torch.searchsorted(positions, starts)
-    small = math.prod(shape) < 2**31
-    entries = Entries(
-        "elements", shape, positions=positions.int() if small else positions, row_offsets=offsets
-    )
+    entries = Entries("elements", shape, positions=positions, row_offsets=offsets)
     return entries.to(device)
 
 

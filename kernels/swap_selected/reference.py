@@ -40,8 +40,8 @@ def scatter_entries_(weight: Tensor, entries: Entries, values: Tensor) -> None:
         view.index_copy_(0, entries.rows, values.view(entries.rows.numel(), view.shape[1]))
     else:
         assert entries.positions is not None
-        # index_put_ wants int64; positions are int32 where they fit, so this is cast here.
-        weight.view(-1).index_put_((entries.positions.long(),), values)
+        # Not index_put_: it takes half as long again on a CPU.
+        weight.view(-1).index_copy_(0, entries.positions.long(), values)
 
 
 @torch.no_grad()

@@ -170,8 +170,6 @@ class Selection:
         positions = self.positions()
         starts = torch.arange(num_rows(self.shape, 0) + 1) * self.shape[-1]
         row_offsets = torch.searchsorted(positions, starts)
-        if self.numel <= torch.iinfo(torch.int32).max:
-            positions = positions.to(torch.int32)
         return Entries("elements", self.shape, positions=positions, row_offsets=row_offsets)
 
     def __and__(self, other: Selection) -> Selection:

@@ -63,3 +63,11 @@ def test_bitmap_has_a_bit_for_every_position(kind):
 
 def test_bitmap_of_nothing():
     assert not entries_of("elements, none", (11, 7)).bitmap().any()
+
+
+def test_positions_shrink_on_other_devices_where_they_fit():
+    entries = entries_of("elements in int64", (11, 7))
+    assert entries.to(torch.device("cpu")) is entries
+    assert entries.to(torch.device("meta")).positions.dtype == torch.int32
+    entries.shape = (2**20, 2**12)
+    assert entries.to(torch.device("meta")).positions.dtype == torch.int64

@@ -91,7 +91,7 @@ def test_rows_of_a_3d_parameter_run_over_its_leading_dimensions():
 def test_entries_of_elements(shape):
     dense = torch.rand(shape) < 0.4
     entries = Selection.of_dense(dense).entries()
-    assert entries.kind == "elements" and entries.positions.dtype == torch.int32
+    assert entries.kind == "elements" and entries.positions.dtype == torch.int64
     assert torch.equal(entries.positions.long(), dense.flatten().nonzero().flatten())
     matrix = dense.reshape(-1, shape[-1])
     assert entries.row_offsets.tolist() == [0, *matrix.sum(1).cumsum(0).tolist()]
