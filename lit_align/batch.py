@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,8 @@ class PackedBatch:
         row_ids: (S,) int64: index of the sequence's row in its dataset; -1 marks a filler (see
             `BatchSampler`), whose token weights are 0 and which must not count anywhere.
         ref_per_token_logps: (N,) fp32 log-probs of the reference policy, or None.
+        target_offsets: S + 1 numbers on the host: sequence s has targets
+            [target_offsets[s], target_offsets[s + 1]).
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class PackedBatch:
         sequence_roles: Tensor,
         row_ids: Tensor,
         ref_per_token_logps: Tensor | None = None,
+        target_offsets: list[int] | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.position_ids = position_ids
@@ -61,6 +65,10 @@ class PackedBatch:
         self.sequence_roles = sequence_roles
         self.row_ids = row_ids
         self.ref_per_token_logps = ref_per_token_logps
+        if target_offsets is None:
+            counts = torch.bincount(sequence_index, minlength=sequence_roles.numel())
+            target_offsets = [0, *counts.cumsum(0).tolist()]
+        self.target_offsets = target_offsets
 
     @property
     def num_sequences(self) -> int:
@@ -72,6 +80,32 @@ class PackedBatch:
         """Real tokens in the batch: no padding, and nothing of a filler, which stands alone."""
         return int(self.attention_mask.sum()) if bool((self.row_ids >= 0).any()) else 0
 
+    def sequences_of_targets(self, start: int, stop: int, together: int = 1) -> PackedBatch:
+        """The sequences that targets [start, stop) make up, as what objectives read of a batch.
+
+        Its rows of tokens stay whole. Units of `together` sequences (pairs: 2) are not divided, and
+        one without targets goes with the unit before it.
+        """
+        offsets, units = self.target_offsets, self.target_offsets[::together]
+        first = 0 if start == 0 else together * (bisect_right(units, start) - 1)
+        last = together * (bisect_right(units, stop) - 1)
+        at, sequences = slice(start, stop), slice(first, last)
+        return PackedBatch(
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            attention_mask=self.attention_mask,
+            hidden_index=self.hidden_index[at],
+            target_ids=self.target_ids[at],
+            sequence_index=self.sequence_index[at] - first,
+            token_weights=self.token_weights[at],
+            sequence_roles=self.sequence_roles[sequences],
+            row_ids=self.row_ids[sequences],
+            ref_per_token_logps=(
+                None if self.ref_per_token_logps is None else self.ref_per_token_logps[at]
+            ),
+            target_offsets=[offset - start for offset in offsets[first : last + 1]],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch on another device (Lightning's `move_data_to_device` calls this)."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -82,7 +116,7 @@ class PackedBatch:
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         moved: dict[str, Any] = {
-            name: None if tensor is None else function(tensor)
-            for name, tensor in vars(self).items()
+            name: function(value) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
         }
         return PackedBatch(**moved)

@@ -85,7 +85,8 @@ def weighted_preference_loss(
 
     L = Σ_chunks loss(logps of the chunk). All gradients are computed in the forward pass, chunk by
     chunk (as in Liger's fused linear losses, arXiv 2410.10989); `backward` may be called once.
-    Where nothing wants a gradient the log-probs alone are computed.
+    Where nothing wants a gradient the log-probs alone are computed. In fp16 a loss scale that
+    multiplies the result comes too late for gradients that underflow: use `token_logprobs` there.
 
     Args:
         hidden: (N, D) hidden states that predict the targets; fp32, bf16 or fp16.

@@ -26,11 +26,13 @@ from lit_align.modules import reference_logps
 from lit_align.modules.checkpointed import CheckpointedModule
 from lit_align.modules.forward import (
     check_head,
+    loss_and_logps,
     per_token_logps,
     per_token_logps_with_statistics,
 )
 from lit_align.modules.metric_log import Reported, masked_mean
 from lit_align.optim import MaskedAdamW
+from lit_align_kernels.weighted_preference_loss import ChunkLoss, TokenNPO
 
 Reference = Literal["cache", "swap"]
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -53,7 +55,7 @@ class Objective:
 
 
 class LanguageModelModule(CheckpointedModule):
-    """Base of the training objectives; `objective` is all that a subclass adds.
+    """Base of the training objectives; `objective` is all that a subclass has to add.
 
     The model is loaded in `configure_model`; a callback with `parameter_mask(trainer, module)`
     (`KeyParameterLocalization`) may restrict training to a mask there. Checkpoints hold the
@@ -61,6 +63,7 @@ class LanguageModelModule(CheckpointedModule):
     """
 
     uses_reference: ClassVar[bool] = False
+    sequences_together: ClassVar[int] = 1  # neighbouring sequences that one unit needs (a pair: 2)
 
     def __init__(
         self,
@@ -115,14 +118,44 @@ class LanguageModelModule(CheckpointedModule):
         """The loss of a batch from the log-probs of its targets, each (N,)."""
         raise NotImplementedError
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether the objective is a sum over sequences of what their log-probs alone give."""
+        return True
+
+    def chunk_loss(self, batch: PackedBatch, reference: Tensor | None) -> TokenNPO | ChunkLoss:
+        """The objective's loss by chunks of whole sequences; without a reference π_ref is π."""
+
+        def loss(logps: Tensor, start: int, stop: int) -> Tensor:
+            ref = self._reference_or_self(
+                logps, None if reference is None else reference[start:stop]
+            )
+            part = batch.sequences_of_targets(start, stop, self.sequences_together)
+            return self.objective(part, logps, ref).loss_sum
+
+        return loss
+
+    def _reference_or_self(self, logps: Tensor, reference: Tensor | None) -> Tensor | None:
+        return logps.detach() if self.uses_reference and reference is None else reference
+
+    def _objective(self, batch: PackedBatch, reference: Tensor | None) -> Objective:
+        """The objective with its gradient; the head's product is formed once where it can be."""
+        # 16-mixed multiplies the loss before the backward, which one pass would come too early for.
+        if not self.takes_chunks or self.trainer.precision == "16-mixed":
+            logps = per_token_logps(self.model, batch)
+            return self.objective(batch, logps, self._reference_or_self(logps, reference))
+        chunk_loss = self.chunk_loss(batch, reference)
+        loss_sum, logps = loss_and_logps(self.model, batch, chunk_loss, self.sequences_together)
+        with torch.no_grad():  # units and what is reported, of all chunks together
+            found = self.objective(batch, logps, self._reference_or_self(logps, reference))
+        return dataclasses.replace(found, loss_sum=loss_sum)
+
     def localization_loss(self, batch: PackedBatch) -> Tensor:
         """The loss at θ with the policy itself as reference: what gradient localisation follows.
 
         A sum over the batch's units, so that the scores do not depend on how rows are batched.
         """
-        logps = per_token_logps(self.model, batch)
-        objective = self.objective(batch, logps, logps.detach() if self.uses_reference else None)
-        return objective.loss_sum
+        return self._objective(batch, None).loss_sum
 
     @property
     def settings(self) -> Any:
@@ -222,9 +255,9 @@ class LanguageModelModule(CheckpointedModule):
         reference = self.reference_per_token_logps(batch)  # before the policy's graph exists
         if self.logs_next_step():
             logps, reported = self._with_statistics(batch)
+            objective = self.objective(batch, logps, reference)
         else:
-            logps, reported = per_token_logps(self.model, batch), {}
-        objective = self.objective(batch, logps, reference)
+            objective, reported = self._objective(batch, reference), {}
         self._take_note(objective, reported, batch)
         # Lightning divides by the number of micro-batches and averages over ranks: both undone.
         return objective.loss_sum * self.trainer.accumulate_grad_batches * self.trainer.world_size

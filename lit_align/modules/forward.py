@@ -17,6 +17,11 @@ from lit_align_kernels.token_logprobs import (
     token_logprobs,
     token_logprobs_with_statistics,
 )
+from lit_align_kernels.weighted_preference_loss import (
+    ChunkLoss,
+    TokenNPO,
+    weighted_preference_loss,
+)
 
 
 def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -115,3 +120,28 @@ def per_token_logps_with_statistics(
     settings: Any = head_settings(model)
     hidden = target_hidden(model, batch)
     return token_logprobs_with_statistics(hidden, head, batch.target_ids, **settings)
+
+
+def loss_and_logps(
+    model: PreTrainedModel, batch: PackedBatch, loss: TokenNPO | ChunkLoss, together: int
+) -> tuple[Tensor, Tensor]:
+    """A loss over the batch's targets with its gradient, in one pass over the head.
+
+    Args:
+        model: gives hidden states and head.
+        batch: (R, T) tokens with N targets.
+        loss: see `weighted_preference_loss`.
+        together: how many neighbouring sequences `loss` needs at once.
+
+    Returns:
+        The sum of the loss, scalar with gradient, and the log-probs (N,) without one.
+    """
+    head = head_handle(model.get_output_embeddings())
+    settings: Any = head_settings(model)
+    hidden = target_hidden(model, batch)
+    groups = batch.target_offsets[::together]
+    return _loss_and_logps(hidden, head, batch.target_ids, loss, groups=groups, **settings)
+
+
+# Dynamo would trace the autograd of `loss`, chunk by chunk.
+_loss_and_logps = torch.compiler.disable(weighted_preference_loss)

@@ -15,6 +15,7 @@ from lit_align.errors import TrainingError
 from lit_align.losses import npo_loss, sequence_lengths, sequence_logps, token_npo_losses
 from lit_align.modules.base import LanguageModelModule, Objective, check_choice
 from lit_align.modules.forward import scaled_logits, target_hidden
+from lit_align_kernels.weighted_preference_loss import ChunkLoss, TokenNPO
 
 KL_CHUNK = 128  # retained tokens whose full distributions exist at once
 
@@ -97,6 +98,18 @@ class TokenWeightedNPO(LanguageModelModule):
             reported["retain_loss"] = (mean, retain_units)
         reported["loss"] = (loss_sum / units.clamp(min=1), units)
         return Objective(loss_sum, units, reported)
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Whole distributions are compared on hidden states of their own."""
+        return bool(self.settings.retain != "kl")
+
+    def chunk_loss(self, batch: PackedBatch, reference: Tensor | None) -> TokenNPO | ChunkLoss:
+        """Token NPO alone is separable by token, and one kernel on a GPU."""
+        h: Any = self.settings
+        if reference is None or h.loss_type != "token" or h.retain != "none":
+            return super().chunk_loss(batch, reference)
+        return TokenNPO(h.beta, reference, batch.token_weights - self._retained(batch))
 
     def _valid(self, batch: PackedBatch, role: int) -> Tensor:
         """(S,) fp32, 1 for the real sequences of a role."""
