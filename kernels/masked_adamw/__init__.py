@@ -62,5 +62,8 @@ def masked_adamw_(
         from lit_align_kernels.masked_adamw import kernel
 
         kernel.launch(batch, **settings)
+        # Autograd does not see what a kernel writes: a graph that needs the old values must fail.
+        written = [t for e in batch for t in (e.master, e.weight) if t is not None]
+        torch.autograd.graph.increment_version(written)
     else:
         reference.masked_adamw_(batch, **settings)

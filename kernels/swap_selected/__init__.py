@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from lit_align_kernels import dispatch
@@ -40,6 +41,8 @@ def swap_selected_(swaps: Sequence[Swap]) -> None:
         from lit_align_kernels.swap_selected import kernel
 
         kernel.launch(swaps)
+        # Autograd does not see what a kernel writes: a graph that needs the old values must fail.
+        torch.autograd.graph.increment_version([weight for weight, _, _ in swaps])
         return
     for weight, entries, values in swaps:
         reference.swap_selected_(weight, entries, values)

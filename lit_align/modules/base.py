@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, SchedulerType, get_scheduler
+from transformers import PreTrainedTokenizerBase, SchedulerType
 
 from lit_align.batch import PackedBatch
 from lit_align.compact import (
@@ -17,13 +17,11 @@ from lit_align.compact import (
     apply_delta,
     reference_policy,
     restrict,
-    trainable,
 )
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
 from lit_align.modules import reference_logps
-from lit_align.modules.checkpointed import CheckpointedModule
 from lit_align.modules.forward import (
     check_head,
     loss_and_logps,
@@ -31,7 +29,7 @@ from lit_align.modules.forward import (
     per_token_logps_with_statistics,
 )
 from lit_align.modules.metric_log import Reported, masked_mean
-from lit_align.optim import MaskedAdamW
+from lit_align.modules.optimized import OptimizedModule
 from lit_align_kernels.weighted_preference_loss import ChunkLoss, TokenNPO
 
 Reference = Literal["cache", "swap"]
@@ -54,7 +52,7 @@ class Objective:
     reported: Reported
 
 
-class LanguageModelModule(CheckpointedModule):
+class LanguageModelModule(OptimizedModule):
     """Base of the training objectives; `objective` is all that a subclass has to add.
 
     The model is loaded in `configure_model`; a callback with `parameter_mask(trainer, module)`
@@ -81,6 +79,7 @@ class LanguageModelModule(CheckpointedModule):
         trust_remote_code: bool = False,
         reference: Reference = "cache",
         reference_cache: str | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -99,6 +98,8 @@ class LanguageModelModule(CheckpointedModule):
             reference: `cache` computes the reference's log-probs of all rows once before training;
                 `swap` swaps base values in at every step (needs a mask).
             reference_cache: folder to keep those log-probs in; None keeps them in memory.
+            stochastic_rounding: with `trainer.precision` bf16-true or 16-true, train the weights
+                without fp32 masters, rounding updates up or down at random.
 
         Raises:
             TrainingError: an unknown lr_scheduler or reference.
@@ -108,7 +109,6 @@ class LanguageModelModule(CheckpointedModule):
         super().__init__()
         self.save_hyperparameters()
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._units = torch.zeros(())
 
     # ---- the objective -----------------------------------------------------------------------
 
@@ -171,6 +171,11 @@ class LanguageModelModule(CheckpointedModule):
         h: Any = self.hparams
         precision = self.trainer.precision
         dtype = DTYPES.get(str(precision), torch.float32)
+        if h.stochastic_rounding and dtype == torch.float32:
+            raise TrainingError(
+                f"stochastic_rounding trains 16-bit weights, trainer.precision is {precision}: "
+                "set bf16-true or 16-true"
+            )
         self.language_model, self.tokenizer = load_language_model(
             h.model,
             dtype=dtype,
@@ -191,7 +196,8 @@ class LanguageModelModule(CheckpointedModule):
             # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.
             self.mask = ParameterMask.full(named_shapes(self.model))
         if self.mask is not None:
-            restrict(self.model, self.mask, keep_base=keep_base)
+            masters = not h.stochastic_rounding
+            restrict(self.model, self.mask, keep_base=keep_base, masters=masters)
         if h.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
@@ -266,36 +272,11 @@ class LanguageModelModule(CheckpointedModule):
     def _take_note(self, objective: Objective, reported: Reported, batch: PackedBatch) -> None:
         """Check the loss, count the window's units, report."""
         self._check_finite(objective.loss_sum, batch)
-        self._units = self._units.to(objective.units.device) + objective.units.detach()
+        self.units = self.units.to(objective.units.device) + objective.units.detach()
         self.log_of("train").update(objective.reported | reported)
         self.throughput.add(batch.num_tokens)
         mean = objective.loss_sum.detach() / objective.units.clamp(min=1)
         self.log("loss", mean, prog_bar=True, logger=False)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide by the units of the whole window on all ranks, before gradients are clipped."""
-        units = self._units
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(units)
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_div_(grads, units.where(units > 0, 1.0).to(grads[0].device))
-        self._units = torch.zeros_like(units)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not norm.isfinite() and not str(self.trainer.precision).startswith("16"):
-            raise TrainingError(self._describe_bad_gradient())
-        self.log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
-
-    def _describe_bad_gradient(self) -> str:
-        names = [
-            n
-            for n, p in self.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        return (
-            f"the gradient is not finite at step {self.global_step}, first in "
-            f"{names[0] if names else 'its norm'} ({len(names)} parameters); no step was taken and "
-            "the last checkpoint is as it was: lower the learning rate or look at the rows"
-        )
 
     def _check_finite(self, loss: Tensor, batch: PackedBatch) -> None:
         if not loss.isfinite():
@@ -350,30 +331,6 @@ class LanguageModelModule(CheckpointedModule):
             "logits/rejected": masked_mean(s.mean_logit, valid & rejected),
         }
         return logps, {n: v for n, v in reported.items() if n in self.reported_names}
-
-    # ---- optimiser ----------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        """MaskedAdamW over what trains, and the schedule, by step."""
-        h: Any = self.hparams
-        optimizer = MaskedAdamW(
-            [p for _, p in trainable(self.model)],
-            lr=h.learning_rate,
-            betas=tuple(h.betas),
-            eps=h.eps,
-            weight_decay=h.weight_decay,
-        )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_scheduler(
-            h.lr_scheduler,
-            optimizer,
-            num_warmup_steps=round(h.warmup_ratio * steps),
-            num_training_steps=steps,
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from lit_align.callbacks import KeyParameterLocalization
 from lit_align.compact import links
+from lit_align.errors import TrainingError
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_runs import (
@@ -158,3 +159,56 @@ def test_dropout_is_off(kind, tmp_path):
         module = MaskedDPO(str(tmp_path / kind), learning_rate=1e-2)
         runs.append(fit(module, preferences(4), tmp_path, mask=mask))
     assert_equal_weights(*runs)
+
+
+def test_clipping_by_value(tiny_llama_dir, tmp_path):
+    module = SupervisedFineTuning(
+        str(tiny_llama_dir), learning_rate=1e4, eps=1e4, warmup_ratio=0.0, lr_scheduler="constant"
+    )
+    settings = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    after = fit(module, instructions(4), tmp_path, mask=random_mask(), **settings)
+    largest = max(float((after[n] - t).abs().max()) for n, t in stored(tiny_llama_dir).items())
+    assert largest == pytest.approx(1e-3, rel=2e-3)
+
+
+class WithTorchAdamW(SupervisedFineTuning):
+    """Another optimiser, whose gradients are scaled and clipped in place."""
+
+    def configure_optimizers(self):
+        found = super().configure_optimizers()
+        ours = found["optimizer"].param_groups[0]
+        settings = {name: ours[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        return torch.optim.AdamW(ours["params"], **settings)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_another_optimiser_sees_the_same_gradients(clip, tiny_llama_dir, tmp_path):
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler": "constant"}
+    runs = []
+    for kind in (SupervisedFineTuning, WithTorchAdamW):
+        module = kind(str(tiny_llama_dir), warmup_ratio=0.0, **settings)
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        more = {"gradient_clip_val": clip, "accumulate_grad_batches": 2}
+        runs.append(fit(module, instructions(8), folder, mask=random_mask(), **more))
+    assert_close_weights(*runs, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, random_mask(0.3)], ids=["all", "30 %"])
+def test_16_bit_weights_train_without_masters(mask, tiny_llama_dir, tmp_path):
+    """At a learning rate below bf16's steps the mean still moves by the learning rate."""
+    module = SupervisedFineTuning(
+        str(tiny_llama_dir), learning_rate=1e-6, warmup_ratio=0.0, stochastic_rounding=True
+    )
+    after = fit(module, instructions(10), tmp_path, mask=mask, precision="bf16-true")
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+    base = {n: t.bfloat16() for n, t in stored(tiny_llama_dir).items()}
+    moved = sum(int((after[n] != t).sum()) for n, t in base.items())
+    assert 0 < moved < 0.2 * sum(t.numel() for t in base.values())
+
+
+def test_stochastic_rounding_needs_16_bit_weights(tiny_llama_dir, tmp_path):
+    module = SupervisedFineTuning(str(tiny_llama_dir), stochastic_rounding=True)
+    with pytest.raises(TrainingError, match="set bf16-true or 16-true"):
+        fit(module, instructions(4), tmp_path)

@@ -146,3 +146,14 @@ def test_bytes_moved(case):
     assert seen.races == seen.out_of_bounds == 0
     assert case.minimum_bytes <= seen.moved <= 1.02 * case.minimum_bytes
     assert seen.by_tensor()["weight"].stored == seen.by_tensor()["values"].stored
+
+
+def test_a_graph_that_needs_the_values_before_the_swap_fails(monkeypatch):
+    monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
+    weight, entries = torch.randn(11, 7), entries_of("rows", (11, 7))
+    x = torch.randn(7, requires_grad=True)
+    y = weight @ x
+    with interpreted():
+        swap_selected_([(weight, entries, torch.zeros(entries.numel))])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

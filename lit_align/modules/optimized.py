@@ -1,0 +1,102 @@
+"""How modules step: one scale for every gradient, clipping inside the mask, the schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from lit_align.compact import trainable
+from lit_align.errors import TrainingError
+from lit_align.modules.checkpointed import CheckpointedModule
+from lit_align.optim import MaskedAdamW
+
+
+class OptimizedModule(CheckpointedModule):
+    """Steps with MaskedAdamW (or another optimiser) over what trains.
+
+    The loss is a sum over units (pairs, responses, tokens). `units` counts those of the window that
+    is being accumulated; the step divides by their number on all ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = torch.zeros(())
+        self._gradient_norm = torch.zeros(())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide by the units of the whole window on all ranks, before gradients are clipped.
+
+        MaskedAdamW gets the factor, and clipping's, as a scalar on the device: neither is a pass
+        over the gradients, which stay sums until the step.
+        """
+        units = self.units
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(units)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        scale = (1.0 / units.where(units > 0, 1.0)).to(grads[0].device, torch.float32)
+        self.units = torch.zeros_like(units)
+        norm = torch.nn.utils.get_total_norm(grads) * scale
+        if not norm.isfinite() and not str(self.trainer.precision).startswith("16"):
+            raise TrainingError(self._describe_bad_gradient())
+        self.log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
+        self._gradient_norm = norm
+        if isinstance(optimizer, MaskedAdamW):
+            optimizer.grad_scale = scale
+        else:
+            torch._foreach_mul_(grads, scale)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the trained entries (`trainer.gradient_clip_val`), or by value."""
+        if not isinstance(optimizer, MaskedAdamW) or optimizer.grad_scale is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, optimizer.grad_scale)
+            optimizer.grad_scale = None
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            # As torch.nn.utils.clip_grad_norm_ does it, its 1e-6 included.
+            coefficient = (gradient_clip_val / (self._gradient_norm + 1e-6)).clamp(max=1.0)
+            optimizer.grad_scale = optimizer.grad_scale * coefficient
+
+    def _describe_bad_gradient(self) -> str:
+        names = [
+            n
+            for n, p in self.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        return (
+            f"the gradient is not finite at step {self.global_step}, first in "
+            f"{names[0] if names else 'its norm'} ({len(names)} parameters); no step was taken and "
+            "the last checkpoint is as it was: lower the learning rate or look at the rows"
+        )
+
+    def configure_optimizers(self) -> Any:
+        """MaskedAdamW over what trains, and the schedule, by step."""
+        h: Any = self.hparams
+        optimizer = MaskedAdamW(
+            [p for _, p in trainable(self.model)],
+            lr=h.learning_rate,
+            betas=tuple(h.betas),
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            stochastic_rounding=h.stochastic_rounding,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_scheduler(
+            h.lr_scheduler,
+            optimizer,
+            num_warmup_steps=round(h.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
