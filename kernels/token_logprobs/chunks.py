@@ -16,9 +16,9 @@ from lit_align_kernels.masked_weight_grad import masked_weight_grad
 from lit_align_kernels.products import add_product, write_product
 from lit_align_kernels.token_logprobs.head import WeightHandle
 
-# Vocabulary entries in one product on a CPU: its result stays in the cache while it is written.
-CPU_BLOCK = 1024
-CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 40 << 20, 256 << 20
+# Vocabulary entries in one product on a CPU: small temporaries, and yet few waits for threads.
+CPU_BLOCK = 4096
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 32 << 20, 256 << 20
 
 
 def default_logits_bytes(device: torch.device) -> int:
