@@ -42,10 +42,10 @@ class RowConfig:
 def row_config(vocabulary: int, itemsize: int, warp_size: int = 32) -> RowConfig:
     """The configuration for rows of `vocabulary` logits of `itemsize` bytes.
 
-    A chunk of logits has about as few rows as a GPU has multiprocessors, so that a long row takes
-    many threads. 16 elements a thread leave room in the registers for two programs side by side.
+    16 elements a thread, and 256 threads for a long row: no spills, and room for several programs
+    on a multiprocessor.
     """
-    threads = 128 if vocabulary <= 8192 else 512
+    threads = 128 if vocabulary <= 8192 else 256
     return RowConfig(threads // warp_size, threads * 16 // itemsize, itemsize)
 
 

@@ -47,9 +47,9 @@ def block_columns(UNROLL: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def logit_and_slope(x, logit_scale, soft_cap, CAPPED: tl.constexpr):
-    """The logit of a raw head product in fp32, and its derivative by the product."""
+    """The logit of a raw head product (fp32), and its derivative by the product."""
     slope = logit_scale
-    z = x.to(tl.float32) * logit_scale
+    z = x * logit_scale
     if CAPPED:
         # tanh by one exponential: 1 - 2 / (1 + e^2u) saturates to -1 and 1 without overflow.
         t = 1.0 - 2.0 / (1.0 + tl.exp(z * (2.0 / soft_cap)))
@@ -62,10 +62,10 @@ def logit_and_slope(x, logit_scale, soft_cap, CAPPED: tl.constexpr):
 def logits_at(places, exists, logit_scale, soft_cap, CAPPED: tl.constexpr):
     """Logits from the raw head products at `places`, -inf where there is none; None is all."""
     if exists is None:
-        x = tl.load(places)  # stream
+        x = tl.load(places).to(tl.float32)  # stream
         z, _ = logit_and_slope(x, logit_scale, soft_cap, CAPPED)
     else:
-        x = tl.load(places, mask=exists, other=0.0)  # stream
+        x = tl.load(places, mask=exists, other=0.0).to(tl.float32)  # stream
         z, _ = logit_and_slope(x, logit_scale, soft_cap, CAPPED)
         z = tl.where(exists, z, -float("inf"))
     return z
@@ -85,7 +85,7 @@ def target_logit(
 ):
     """The target's logit, NaN where it is outside the vocabulary."""
     place = logits_ptr + row.to(tl.int64) * stride + target
-    x = tl.load(place, mask=valid, other=0.0)  # scattered
+    x = tl.load(place, mask=valid, other=0.0).to(tl.float32)  # scattered
     z, _ = logit_and_slope(x, logit_scale, soft_cap, CAPPED)
     return tl.where(valid, z, float("nan"))
 
@@ -138,7 +138,7 @@ def replace(
     places, exists, read, hit, logsumexp, grad, logit_scale, soft_cap, CAPPED: tl.constexpr
 ):
     """Put the gradient over the raw head products that exist; 0 is taken for those not read."""
-    x = tl.load(places, mask=read, other=0.0)  # stream
+    x = tl.load(places, mask=read, other=0.0).to(tl.float32)  # stream
     d = gradient(x, hit, logsumexp, grad, logit_scale, soft_cap, CAPPED)
     if exists is None:
         tl.store(places, d.to(places.dtype.element_ty))  # stream
