@@ -16,7 +16,8 @@ from torch import Tensor
 def _onednn(a: Tensor, b: Tensor) -> Callable[..., Any] | None:
     """The product by oneDNN, where it can take these factors and no graph is being recorded."""
     if (
-        a.device.type != "cpu"
+        torch.compiler.is_compiling()
+        or a.device.type != "cpu"
         or not a.dtype == b.dtype == torch.float32
         or not a.numel()
         or not b.numel()
@@ -30,7 +31,7 @@ def _onednn(a: Tensor, b: Tensor) -> Callable[..., Any] | None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of a (n, k) and b (k, m)."""
+    """The product of a (..., k) and b (k, m)."""
     linear = _onednn(a, b)
     return a @ b if linear is None else linear(a, b.t(), None, "none", [], "")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_align_kernels.entries import Entries
+from lit_align_kernels.products import add_product, product, write_product
 
 BLOCK_ENTRIES = 1 << 20  # entries of the dense product that exist at once (4 MiB in fp32)
 
@@ -22,29 +23,19 @@ def masked_weight_grad(
         if entries.axis == 1:
             a, b = b, a
         a = a.index_select(1, entries.rows)
-    product = out.view(a.shape[1], b.shape[1])
-    if a.dtype != out.dtype:
-        dense = a.t() @ b
-        product.add_(dense) if accumulate else product.copy_(dense)
-    elif accumulate:
-        product.addmm_(a.t(), b)
-    else:
-        torch.mm(a.t(), b, out=product)
+    (add_product if accumulate else write_product)(out.view(a.shape[1], b.shape[1]), a.t(), b)
 
 
 def _elements(a: Tensor, b: Tensor, entries: Entries, out: Tensor, accumulate: bool) -> None:
     assert entries.positions is not None and entries.row_offsets is not None
     rows, width = entries.shape
     step = max(1, BLOCK_ENTRIES // width)
-    # One buffer for all blocks: fresh memory for each costs as much as its product.
-    buffer = torch.empty(min(step, rows), width, dtype=a.dtype, device=a.device)
     bounds = [*entries.row_offsets[:-1:step].tolist(), entries.numel]
     for i, start in enumerate(range(0, rows, step)):
         first, last = bounds[i : i + 2]
         if first == last:
             continue
-        block = buffer[: min(step, rows - start)]
-        torch.mm(a[:, start : start + step].t(), b, out=block)
+        block = product(a[:, start : start + step].t(), b)
         local = entries.positions[first:last] - start * width
         if accumulate or block.dtype != out.dtype:
             chosen = block.view(-1).index_select(0, local)

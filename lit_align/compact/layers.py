@@ -19,6 +19,7 @@ from lit_align.compact import graphs
 from lit_align.compact.state import compact_state, live_modules, module_links
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import masked_weight_grad
+from lit_align_kernels.products import product
 from lit_align_kernels.swap_selected import gather_entries
 
 
@@ -47,7 +48,7 @@ class _Linear(torch.autograd.Function):
         weight = weight.to(grad.dtype)  # under autocast the products run in the output's dtype
         grad_x = grad_bias = grad_selected = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ (weight.t() if ctx.transposed else weight)).to(x.dtype)
+            grad_x = product(grad, weight.t() if ctx.transposed else weight).to(x.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
