@@ -28,8 +28,7 @@ SHAPES: tuple[Shape, ...] = (
     (49152, "bf16", False, False),
     (50257, "bf16", False, False),
     (50257, "bf16", True, False),
-    (50257, "fp32", False, False),
-    (151665, "bf16", False, False),
+    (151665, "fp32", False, False),
 )
 MORE_SHAPES: tuple[Shape, ...] = (
     (507, "fp32", True, False),
@@ -38,6 +37,7 @@ MORE_SHAPES: tuple[Shape, ...] = (
     (50257, "fp16", False, False),
     (50257, "fp16", True, False),
     (50257, "fp32", True, False),
+    (151665, "bf16", False, False),
     (50257, "bf16", False, True),
     (151665, "fp32", False, True),
     (262144, "bf16", False, False),

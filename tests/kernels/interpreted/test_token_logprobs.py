@@ -223,8 +223,8 @@ def test_the_public_function_in_chunks_of_tokens(monkeypatch, dtype, kind):
             inputs[0], handle, targets, logit_scale=0.5, soft_cap=8.0, max_logits_bytes=5 << 10
         )
         logps.backward(grad)
-    assert {"forward_kernel", "backward_kernel"} <= {launch.kernel for launch in seen.launches}
-    assert len(seen.launches) > 10 and seen.out_of_bounds == 0
+    launched = [launch.kernel for launch in seen.launches]
+    assert launched.count("forward_kernel") == launched.count("backward_kernel") > 1
     d_weight = exact[2] if entries is None else exact[2].reshape(-1)[flat_order(entries)]
     found = trained.grad if entries is None else selected.grad
     # Logits in the hidden states' dtype: each is known to half a unit in its last place.
