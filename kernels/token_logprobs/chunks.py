@@ -5,6 +5,7 @@ What the row kernels work on. In Triton the logits have the hidden states' dtype
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -24,6 +25,12 @@ CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 32 << 20, 256 << 20
 def default_logits_bytes(device: torch.device) -> int:
     """Logits that may exist at once; on a GPU a product of few rows would leave it idle."""
     return CPU_LOGITS_BYTES if device.type == "cpu" else GPU_LOGITS_BYTES
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(shape: tuple[int, ...], _: torch.device) -> Entries:
+    """All entries of a head, kept with the tables that kernels derive from them on a device."""
+    return Entries("all", shape)
 
 
 class Chunks:
@@ -51,7 +58,12 @@ class Chunks:
         bytes_each = hidden.element_size()
         if not triton and hidden.dtype != torch.float32:
             bytes_each += 4  # the product, and its copy in fp32
-        fitting = max_logits_bytes // (bytes_each * max(1, self.weight.shape[0]))
+        columns = self.weight.shape[0]
+        if triton:
+            from lit_align_kernels.token_logprobs.kernel import padded_vocabulary
+
+            columns = padded_vocabulary(columns, hidden.dtype)
+        fitting = max_logits_bytes // (bytes_each * max(1, columns))
         self.rows = min(max(1, fitting), max(1, len(hidden)))
         self._buffer: Tensor | None = None
 
@@ -103,8 +115,7 @@ class Gradients:
     def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool]) -> None:
         """Args: the chunks, and whether hidden, weight (or its entries) and bias need one."""
         self._chunks, handle = chunks, chunks.handle
-        dense = Entries("all", tuple(handle.weight.shape))
-        self._entries = dense if handle.entries is None else handle.entries
+        self._entries = handle.entries or _whole(tuple(handle.weight.shape), handle.weight.device)
         self._seen = False
         self.hidden = torch.empty_like(chunks.hidden) if needs[0] else None
         fp32 = torch.empty(0, dtype=torch.float32, device=chunks.hidden.device)
