@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if verb in TRAINER_VERBS:
             train(arguments)
         else:
-            options = _named_kernels(words[1:]) if verb == "bench" else words[1:]
+            options = _bench_options(words[1:]) if verb == "bench" else words[1:]
             auto_cli(VERBS[verb], args=options, prog=f"lit-align {verb}", as_positional=False)
     except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:
         # jsonargparse wraps what the constructors of a config's classes raise.
@@ -106,10 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from error
 
 
-def _named_kernels(words: list[str]) -> list[str]:
-    """`bench a b --size tiny` as options alone: auto_cli takes no list of positional words."""
+def _bench_options(words: list[str]) -> list[str]:
+    """`bench a b --audit` as options with values: auto_cli takes neither lists nor flags."""
     count = next((i for i, w in enumerate(words) if w.startswith("-")), len(words))
-    return ([f"--kernels={json.dumps(words[:count])}"] if count else []) + words[count:]
+    kernels = [f"--kernels={json.dumps(words[:count])}"] if count else []
+    return kernels + ["--audit=true" if w == "--audit" else w for w in words[count:]]
 
 
 def train(arguments: Sequence[str] | None) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from lit_align.cli import main
 from lit_align_kernels import benchmarks
+from lit_align_kernels.audit import table
 from lit_align_kernels.benchmarks.case import CheckFailedError
 
 
@@ -45,3 +46,12 @@ def test_a_wrong_kernel_is_refused(tmp_path, capsys, monkeypatch):
     assert stop.value.code == 1
     assert "swap_selected is wrong" in capsys.readouterr().err
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_the_audit_writes_its_document(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        table, "audit", lambda name, progress: [table.OperationAudit(name, "", [], [])]
+    )
+    main(["bench", "swap_selected", "--audit", "--document", str(tmp_path / "docs" / "K.md")])
+    assert "## swap_selected" in (tmp_path / "docs" / "K.md").read_text()
+    assert "K.md" in capsys.readouterr().out
