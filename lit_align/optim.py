@@ -79,15 +79,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._links = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; moments stay fp32 beside 16-bit parameters (torch would cast them)."""
+        """Restore; all state stands on its parameter's device, in fp32.
+
+        torch would cast moments to a 16-bit parameter's dtype, and leave `step` on the checkpoint's
+        device, where a kernel cannot read it.
+        """
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         ours = [p for group in self.param_groups for p in group["params"]]
         for i, parameter in zip(saved, ours, strict=True):
-            for name in ("exp_avg", "exp_avg_sq"):
-                if parameter.dtype != torch.float32 and i in state_dict["state"]:
-                    moment = state_dict["state"][i][name].to(parameter.device, torch.float32)
-                    self.state[parameter][name] = moment.clone()
+            for name, value in state_dict["state"].get(i, {}).items():
+                restored = torch.as_tensor(value).to(parameter.device, torch.float32, copy=True)
+                self.state[parameter][name] = restored
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters must be fp32, or 16 bits with stochastic rounding."""
@@ -140,6 +143,9 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _entry(self, parameter: Tensor) -> AdamWEntry:
         state = self.state[parameter]
+        if state and state["step"].device != parameter.device:
+            # Lightning moves restored state to the device after loading it, all but `step`.
+            state["step"] = state["step"].to(parameter.device)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)

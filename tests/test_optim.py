@@ -121,3 +121,25 @@ def test_stochastic_rounding_goes_on_exactly_from_a_state_dict():
     compact_steps(again, 2, again_optimizer)
     for one, other in zip(trainable(model), trainable(again), strict=True):
         assert torch.equal(one, other)
+
+
+def test_restored_state_stands_on_the_parameters_device():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    elsewhere = nn.Parameter(torch.ones(3, device="meta"))
+    restored = MaskedAdamW([elsewhere])
+    restored.load_state_dict(optimizer.state_dict())
+    assert {t.device.type for t in restored.state[elsewhere].values()} == {"meta"}
+    assert {t.dtype for t in restored.state[elsewhere].values()} == {torch.float32}
+
+
+def test_a_step_count_left_on_another_device_follows_its_parameter():
+    parameter = nn.Parameter(torch.ones(3, device="meta"))
+    parameter.grad = torch.ones(3, device="meta")
+    optimizer = MaskedAdamW([parameter])
+    optimizer._links = {}
+    optimizer._entry(parameter)
+    optimizer.state[parameter]["step"] = torch.tensor(3.0)
+    assert optimizer._entry(parameter).step.device.type == "meta"
