@@ -7,13 +7,18 @@
 The interpreter reads and writes stray addresses silently and runs programs one after the other, so
 neither a bad bound nor a race shows in values: here both do. No cache is modelled: what L2 serves
 is counted, and so is every program's own sector where neighbours share one.
+
+What a race is: bytes that two programs store, or one stores and another loads, and bytes that two
+lanes of one store have in common. Not seen are races of one program's warps across two of its
+accesses (a load whose place another warp overwrites further down): barriers are not modelled.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +27,7 @@ from triton.runtime import interpreter as triton_interpreter
 
 Builder = triton_interpreter.InterpreterBuilder
 SECTOR_BYTES = 32
+ACCESS_BYTES = 16  # the widest access: a load may begin at the multiple of it before its tensor
 STRAY = "outside every argument"
 
 
@@ -38,12 +44,14 @@ class TrafficCase:
         call: runs the operation on CPU tensors, in the interpreter.
         minimum_bytes: what any implementation has to move.
         tensors: tensors that the kernel reaches through tables of pointers, by name.
+        extra_bytes: what torch moves around the kernel: sectors read and bytes written.
     """
 
     name: str
     call: Callable[[], Any]
     minimum_bytes: int
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    extra_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -102,7 +110,8 @@ class Launch:
         tensors: traffic by tensor.
         programs: how many programs touched memory.
         out_of_bounds: lanes whose address lies in none of the tensors.
-        races: bytes' addresses stored by two programs, or loaded by one and stored by another.
+        races: elements stored by two programs, stored by one and loaded by another, or stored by
+            two lanes of one access.
     """
 
     kernel: str
@@ -112,23 +121,79 @@ class Launch:
     races: int = 0
 
 
+class _Intervals:
+    """Disjoint ranges of addresses."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        merged: list[list[int]] = []
+        for low, high in sorted(ranges):
+            if merged and low < merged[-1][1]:
+                merged[-1][1] = max(high, merged[-1][1])
+            else:
+                merged.append([low, high])
+        self.low = np.array([low for low, _ in merged], np.uint64)
+        self.high = np.array([high for _, high in merged], np.uint64)
+
+    def find(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """The range that `size` bytes at each address lie in, -1 where they lie in none."""
+        at = np.searchsorted(self.low, addresses, side="right").astype(np.int64) - 1
+        inside = at >= 0
+        inside[inside] = addresses[inside] + np.uint64(size) <= self.high[at[inside]]
+        return np.where(inside, at, -1)
+
+
+def _storage_range(tensor: torch.Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _extent(tensor: torch.Tensor, kind: str) -> tuple[int, int]:
+    """What an access may touch: from the first element to the last, gaps between rows included.
+
+    A load may do a little more, within the storage: begin at the multiple of 16 bytes before, and
+    read the gap behind the last row.
+    """
+    strides = list(zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = tensor.data_ptr(), tensor.element_size()
+    elements = 1 + sum((length - 1) * stride for length, stride in strides)
+    if kind != "load":
+        return start, start + elements * size
+    elements = max([elements, *(length * stride for length, stride in strides)])
+    low, high = _storage_range(tensor)
+    return max(start // ACCESS_BYTES * ACCESS_BYTES, low), min(start + elements * size, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Access:
+    addresses: np.ndarray
+    size: int
+    program: int
+
+    def units(self, unit: int) -> np.ndarray:
+        """Addresses of its parts of `unit` bytes each."""
+        if self.size == unit:
+            return self.addresses
+        parts = np.arange(0, self.size, unit, dtype=np.uint64)
+        return (self.addresses[:, None] + parts).reshape(-1)
+
+
 class _Recorder:
     """One launch under way."""
 
     def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
-        ranges: dict[tuple[int, int], str] = {}
-        for name, tensor in tensors.items():
-            storage = tensor.untyped_storage()
-            start = storage.data_ptr()
-            ranges.setdefault((start, start + storage.nbytes()), name)
-        keys = sorted(ranges)
-        self.low = np.array([k[0] for k in keys], np.uint64)
-        self.high = np.array([k[1] for k in keys], np.uint64)
-        self.names = [ranges[k] for k in keys]
-        self.launch = Launch(kernel, {name: Counts() for name in [*self.names, STRAY]})
+        used = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+        self.storages = _Intervals({_storage_range(t) for t in used.values()})
+        self.extents = {
+            kind: _Intervals(_extent(t, kind) for t in used.values()) for kind in ("load", "store")
+        }
+        self.names: dict[int, str] = {-1: STRAY}
+        for name, tensor in used.items():
+            at = self.storages.find(np.array([tensor.data_ptr()], np.uint64), 1)
+            self.names.setdefault(int(at[0]), name)
+        self.launch = Launch(kernel, {name: Counts() for name in self.names.values()})
         self.programs: set[int] = set()
-        self.writes: list[tuple[np.ndarray, int]] = []
-        self.reads: list[tuple[np.ndarray, int]] = []
+        self.writes: dict[int, list[_Access]] = collections.defaultdict(list)
+        self.reads: dict[int, list[_Access]] = collections.defaultdict(list)
 
     def access(self, builder: Any, kind: str, pointers: Any, mask: Any) -> None:
         addresses = _active_addresses(pointers, mask)
@@ -137,31 +202,28 @@ class _Recorder:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         program = _program(builder)
         self.programs.add(program)
-        owner = self._owner(addresses, size)
-        for who in np.unique(owner):
-            name = self.names[who] if who >= 0 else STRAY
-            self.launch.tensors[name].add(kind, addresses[owner == who], size)
-        stray = int((owner < 0).sum())
+        extents = self.extents["load" if kind == "load" else "store"]
+        inside = extents.find(addresses, size) >= 0
+        owner = np.where(inside, self.storages.find(addresses, size), -1)
+        for who in np.unique(owner).tolist():
+            mine = addresses[owner == who]
+            self.launch.tensors[self.names[who]].add(kind, mine, size)
+            if kind != "atomic":
+                accesses = self.writes if kind == "store" else self.reads
+                accesses[who].append(_Access(mine, size, program))
+        stray = int((~inside).sum())
         self.launch.out_of_bounds += stray
-        if kind != "atomic":
-            (self.writes if kind == "store" else self.reads).append((addresses, program))
         if stray:
             raise OutOfBoundsError(
                 f"{self.launch.kernel}: {stray} of {addresses.size} lanes of a {kind} in program "
                 f"{program} lie outside every tensor"
             )
 
-    def _owner(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        owner = np.searchsorted(self.low, addresses, side="right").astype(np.int64) - 1
-        inside = owner >= 0
-        inside[inside] = addresses[inside] + np.uint64(size) <= self.high[owner[inside]]
-        return np.where(inside, owner, -1)
-
     def close(self) -> Launch:
         for counts in self.launch.tensors.values():
             counts.close()
         self.launch.programs = len(self.programs)
-        self.launch.races = _races(self.writes, self.reads)
+        self.launch.races = sum(_races(w, self.reads[who]) for who, w in self.writes.items())
         return self.launch
 
 
@@ -180,23 +242,41 @@ def _program(builder: Any) -> int:
     return x + width * (y + height * z)
 
 
-def _races(writes: list[tuple[np.ndarray, int]], reads: list[tuple[np.ndarray, int]]) -> int:
-    if not writes:
-        return 0
-    address, program = _sorted_by_address(writes)
+def _races(writes: list[_Access], reads: list[_Access]) -> int:
+    """Races on one storage, counted in the smallest element that it is accessed by."""
+    found = sum(_shared_by_lanes(access) for access in writes)
+    if len({access.program for access in [*writes, *reads]}) == 1:
+        return found
+    unit = _common_unit([*writes, *reads])
+    address, program = _sorted_by_address(writes, unit)
     twice = (address[1:] == address[:-1]) & (program[1:] != program[:-1])
-    found = np.unique(address[1:][twice]).size
+    found += np.unique(address[1:][twice]).size
     if reads:
-        read, reader = _sorted_by_address(reads)
+        read, reader = _sorted_by_address(reads, unit)
         at = np.searchsorted(address, read)
         at[at == address.size] = 0
         found += np.unique(read[(address[at] == read) & (program[at] != reader)]).size
-    return int(found)
+    return found
 
 
-def _sorted_by_address(accesses: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    address = np.concatenate([a for a, _ in accesses])
-    program = np.concatenate([np.full(a.size, p) for a, p in accesses])
+def _shared_by_lanes(access: _Access) -> int:
+    """Lanes of one store that overlap another lane of it."""
+    return int((np.diff(np.sort(access.addresses)) < access.size).sum())
+
+
+def _common_unit(accesses: list[_Access]) -> int:
+    """The smallest element's size, where all addresses are multiples of it; else a byte."""
+    unit = min(access.size for access in accesses)
+    even = all(not (a.size % unit or (a.addresses % np.uint64(unit)).any()) for a in accesses)
+    return unit if even else 1
+
+
+def _sorted_by_address(accesses: list[_Access], unit: int) -> tuple[np.ndarray, np.ndarray]:
+    parts = [access.units(unit) for access in accesses]
+    address = np.concatenate(parts)
+    program = np.concatenate(
+        [np.full(part.size, a.program) for part, a in zip(parts, accesses, strict=True)]
+    )
     order = np.lexsort((program, address))
     return address[order], program[order]
 
@@ -263,7 +343,7 @@ class Traffic:
 
     @property
     def races(self) -> int:
-        """Addresses on which two programs of a launch do not agree."""
+        """Elements on which two programs of a launch, or two lanes of a store, do not agree."""
         return sum(launch.races for launch in self.launches)
 
 

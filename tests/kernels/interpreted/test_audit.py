@@ -31,6 +31,35 @@ def racing_kernel(out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def racing_lanes_kernel(out_ptr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(out_ptr + lane // SHARED, lane)
+
+
+@triton.jit
+def overlapping_kernel(out_ptr, at):
+    """Program 0 stores 4 bytes, program 1 the 2 bytes number `at`."""
+    if tl.program_id(0) == 0:
+        tl.store(out_ptr, 1)
+    else:
+        tl.store(out_ptr.to(tl.pointer_type(tl.int16)) + at, 7)
+
+
+@triton.jit
+def shifted_kernel(x_ptr, out_ptr, x_shift, out_shift, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(out_ptr + out_shift + lane, tl.load(x_ptr + x_shift + lane))
+
+
+@triton.jit
+def padded_rows_kernel(x_ptr, out_ptr, stride, LOADED: tl.constexpr, STORED: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, LOADED)
+    x = tl.load(x_ptr + row * stride + at)
+    tl.store(out_ptr + row * stride + at, x, mask=at < STORED)
+
+
+@triton.jit
 def gather_kernel(x_ptr, index_ptr, out_ptr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     tl.store(out_ptr + lane, tl.load(x_ptr + tl.load(index_ptr + lane)))
@@ -115,6 +144,50 @@ def test_two_programs_that_write_one_place_race():
     with interpreted(), traffic() as seen:
         racing_kernel[(2,)](out, BLOCK=64)
     assert seen.races == 64
+
+
+@pytest.mark.parametrize(("shared", "races"), [(1, 0), (2, 32), (64, 63)])
+def test_lanes_of_one_store_race(shared, races):
+    with interpreted(), traffic() as seen:
+        racing_lanes_kernel[(1,)](torch.zeros(64, dtype=torch.int32), SHARED=shared, BLOCK=64)
+    assert seen.races == races
+
+
+@pytest.mark.parametrize(("at", "races"), [(0, 1), (1, 1), (2, 0)])
+def test_stores_of_two_widths_race_where_their_bytes_meet(at, races):
+    with interpreted(), traffic() as seen:
+        overlapping_kernel[(2,)](torch.zeros(4, dtype=torch.int32), at)
+    assert seen.races == races
+
+
+@pytest.mark.parametrize("shift", [-8, -1, 1])
+def test_a_store_outside_a_view_is_stray_though_its_storage_goes_on(shift):
+    x, room = torch.randn(16), torch.zeros(64)
+    with pytest.raises(InterpreterError, match="of a store in"), interpreted(), traffic():
+        shifted_kernel[(1,)](x, room[24:40], 0, shift, BLOCK=16)
+
+
+def test_a_load_may_begin_within_the_same_16_bytes():
+    room, out = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.bfloat16)
+    view = room[11:32]  # 22 bytes behind a multiple of 64
+    with interpreted(), traffic() as seen:
+        shifted_kernel[(1,)](view, out, -3, 0, BLOCK=16)
+    assert seen.out_of_bounds == 0
+    for stray in (-4, 6):
+        with pytest.raises(InterpreterError, match="1 of 16 lanes"), interpreted(), traffic():
+            shifted_kernel[(1,)](view, out, stray, 0, BLOCK=16)
+
+
+def test_what_pads_the_last_row_may_be_read_and_not_written():
+    room = torch.zeros(5, 32)
+    x, out = room[:3, :21], torch.zeros(5, 32)[:3, :21]
+    with interpreted(), traffic() as seen:
+        padded_rows_kernel[(3,)](x, out, 32, LOADED=32, STORED=21)
+    assert seen.races == seen.out_of_bounds == 0
+    with pytest.raises(InterpreterError, match="1 of 22 lanes"), interpreted(), traffic():
+        padded_rows_kernel[(3,)](x, out, 32, LOADED=32, STORED=22)
+    with pytest.raises(InterpreterError, match="32 of 32 lanes"), interpreted(), traffic():
+        padded_rows_kernel[(4,)](x, out, 32, LOADED=32, STORED=21)
 
 
 def test_tensors_behind_a_table_of_pointers_are_named():
