@@ -89,6 +89,14 @@ class CompileReport:
         return wide / sum(widths.values()) if widths else 1.0
 
     @property
+    def all_accesses(self) -> dict[int, int]:
+        """Width in bytes → instructions, whatever their tags."""
+        found = collections.Counter[int]()
+        for widths in self.accesses.values():
+            found.update(widths)
+        return dict(sorted(found.items()))
+
+    @property
     def fits(self) -> bool:
         """Whether a block's shared memory exists on the target."""
         return self.shared_bytes <= SHARED_LIMIT_KIB[self.target] * 1024
@@ -187,10 +195,10 @@ def _by_tag(accesses: list[assembly.Access]) -> dict[str, dict[int, int]]:
 def _tag(file: str, line: int) -> str:
     """The tag of a source line; a call over several lines carries it on any of them."""
     for number in range(line, line + 8):
-        text = linecache.getline(file, number)
-        tagged = re.search(r"#\s*(stream|scattered|table)\b", text)
+        code, _, comment = linecache.getline(file, number).partition("#")
+        tagged = re.match(r"\s*(stream|scattered|table)\b", comment)
         if tagged:
             return tagged.group(1)
-        if text.rstrip().endswith(")"):
+        if code.rstrip().endswith(")"):
             break
     return "untagged"

@@ -1,4 +1,8 @@
-"""Liger's kernels under the same audit, where Liger is installed and has the same operation."""
+"""Liger's cross-entropy kernel: loss and gradient over the logits, as in our NPO kernel.
+
+On contiguous rows of V logits, as Liger launches it. Its accesses have no tags: it compares with
+ours by *all ≥ 16 B*. Liger has nothing for masks.
+"""
 
 from __future__ import annotations
 

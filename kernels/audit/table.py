@@ -11,7 +11,7 @@ from typing import Any
 import triton
 
 from lit_align_kernels.audit import liger
-from lit_align_kernels.audit.compiled import TARGETS, CompileReport, compile_audit
+from lit_align_kernels.audit.compiled import TARGETS, VECTOR_BYTES, CompileReport, compile_audit
 from lit_align_kernels.audit.interpreter import interpreted
 from lit_align_kernels.audit.traffic import TrafficCase, traffic
 
@@ -37,7 +37,8 @@ class TrafficReport:
         unique_bytes: distinct ones.
         sector_bytes: of the 32-byte sectors touched.
         out_of_bounds: lanes outside every tensor.
-        races: addresses on which two programs do not agree.
+        races: elements on which two programs, or two lanes of a store, do not agree.
+        extra_bytes: what torch moves around the kernel; contained in the three above.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TrafficReport:
     sector_bytes: int
     out_of_bounds: int
     races: int
+    extra_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +75,12 @@ def traffic_audit(case: TrafficCase) -> TrafficReport:
     return TrafficReport(
         name=case.name,
         minimum_bytes=case.minimum_bytes,
-        moved_bytes=seen.moved,
-        unique_bytes=seen.unique,
-        sector_bytes=seen.sectors,
+        moved_bytes=seen.moved + case.extra_bytes,
+        unique_bytes=seen.unique + case.extra_bytes,
+        sector_bytes=seen.sectors + case.extra_bytes,
         out_of_bounds=seen.out_of_bounds,
         races=seen.races,
+        extra_bytes=case.extra_bytes,
     )
 
 
@@ -129,12 +132,22 @@ machine code, or counted in Triton's interpreter on a CPU; values and gradients 
 interpreter against fp64. No speed is claimed: `lit-align bench` measures it on your GPU.
 
 - *registers* of a thread; *spills* in bytes (gfx942: registers); *shared* memory of a block.
-- *stream*: accesses to contiguous data (moments, masters, gradients, logits, values), how many of
-  them move at least 16 bytes a thread, of all such instructions. *scattered*: accesses whose
-  address depends on the mask; *table*: scalars, indices, bitmap words. Both as count × bytes.
+- *all ≥ 16 B*: how many of all instructions that access global memory move at least 16 bytes a
+  thread. *stream*: the same of accesses to contiguous data (moments, masters, gradients, logits,
+  values) alone; "–" for Liger, whose accesses nobody has sorted: compare by the column of all.
+  *scattered*: accesses whose address depends on the mask; *table*: scalars, indices, bitmap words.
+  Both as count × bytes.
 - *moved ÷ minimum*: bytes of all active lanes by the program text over what any implementation has
   to move; *unique ÷ minimum*: distinct bytes alone, where a cache serves the second read;
-  *sectors ÷ moved*: what 32-byte sectors add."""
+  *sectors ÷ moved*: what 32-byte sectors add; *by torch ÷ minimum*: of these, what torch moves
+  around the kernel (sectors read, bytes written).
+- *out of bounds*: lanes that touch what lies outside every tensor. A tensor goes from its first
+  element to its last, gaps between its rows included; a load may begin at the multiple of 16 bytes
+  before it, and read the gap behind its last row.
+- *races*: elements that two programs store, or one stores and another loads, or that two lanes of
+  one store share. Not covered: races between the warps of a program on different accesses, such as
+  a load of what another warp stores later; there a barrier has to lie between (see the comment in
+  the token-NPO kernel)."""
 
 
 def _liger_version() -> str:
@@ -149,7 +162,18 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _compiled_table(one: OperationAudit) -> str:
-    head = ("case", "target", "registers", "spills", "shared KiB", "stream ≥ 16 B", "scattered")
+    head = (
+        "case",
+        "target",
+        "registers",
+        "spills",
+        "shared KiB",
+        "all ≥ 16 B",
+        "stream ≥ 16 B",
+        "scattered",
+        "table",
+        "matrix",
+    )
     rows = [
         (
             r.name,
@@ -157,20 +181,19 @@ def _compiled_table(one: OperationAudit) -> str:
             str(r.registers),
             str(r.spills),
             f"{r.shared_bytes / 1024:.1f}",
-            _wide(r),
+            _wide(r.all_accesses),
+            _wide(r.accesses.get("stream", {})),
             _widths(r, "scattered"),
             _widths(r, "table"),
             ", ".join(f"{kind} × {n}" for kind, n in r.matrix_instructions.items()) or "–",
         )
         for r in one.compiled
     ]
-    return _table((*head, "table", "matrix"), rows)
+    return _table(head, rows)
 
 
-def _wide(report: CompileReport) -> str:
-    tag = "stream" if "stream" in report.accesses else "untagged"  # Liger's lines have no tags
-    widths = report.accesses.get(tag, {})
-    wide = sum(n for width, n in widths.items() if width >= 16)
+def _wide(widths: dict[int, int]) -> str:
+    wide = sum(n for width, n in widths.items() if width >= VECTOR_BYTES)
     return f"{wide}/{sum(widths.values())}" if widths else "–"
 
 
@@ -186,6 +209,7 @@ def _counted_table(one: OperationAudit) -> str:
         "moved ÷ minimum",
         "unique ÷ minimum",
         "sectors ÷ moved",
+        "by torch ÷ minimum",
         "out of bounds",
         "races",
     )
@@ -196,6 +220,7 @@ def _counted_table(one: OperationAudit) -> str:
             f"{c.moved_bytes / c.minimum_bytes:.3f}",
             f"{c.unique_bytes / c.minimum_bytes:.3f}",
             f"{c.sector_bytes / c.moved_bytes:.2f}",
+            f"{c.extra_bytes / c.minimum_bytes:.3f}" if c.extra_bytes else "–",
             str(c.out_of_bounds),
             str(c.races),
         )

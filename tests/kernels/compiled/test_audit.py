@@ -18,7 +18,8 @@ def scatter_kernel(x_ptr, index_ptr, out_ptr, BLOCK: tl.constexpr):
     x = helper(x_ptr, at)
     index = tl.load(index_ptr + at)  # table
     tl.store(out_ptr + index, x)  # scattered
-    tl.store(x_ptr + at, x * 2)
+    tl.store(x_ptr + at, x * 2)  # the last one (a comment, but no tag)
+    tl.debug_barrier()  # stream
 
 
 @triton.jit
@@ -47,6 +48,7 @@ def test_accesses_are_led_back_to_their_lines(target):
     assert set(report.accesses["scattered"]) == {4}
     assert set(report.accesses["table"]) == {16}
     assert report.accesses["untagged"].keys() == {16}  # the last store has no tag
+    assert report.all_accesses == {4: 8, 16: 6}
     assert report.registers > 0 and report.spills == 0 and report.fits
 
 

@@ -21,15 +21,33 @@ def one():
 
 def test_markdown_holds_every_figure(one):
     text = table.markdown([one])
-    assert "| a case | sm_90 | 40 | 8 | 2.0 | 9/10 | 8 × 2 | 1 × 4, 2 × 8 | wgmma × 4 |" in text
-    assert "| a run | 2.0 | 2.000 | 1.000 | 2.00 | 0 | 1 |" in text
+    compiled = "| 40 | 8 | 2.0 | 9/21 | 9/10 | 8 × 2 | 1 × 4, 2 × 8 | wgmma × 4 |"
+    assert f"| a case | sm_90 {compiled}" in text
+    assert "| a run | 2.0 | 2.000 | 1.000 | 2.00 | – | 0 | 1 |" in text
     assert "## an operation\n\nWhat it is.\n" in text
 
 
 def test_what_is_missing_is_a_dash(one):
     bare = dataclasses.replace(one.compiled[0], accesses={}, matrix_instructions={})
     text = table.markdown([dataclasses.replace(one, compiled=[bare])])
-    assert "| a case | sm_90 | 40 | 8 | 2.0 | – | – | – | – |" in text
+    assert "| a case | sm_90 | 40 | 8 | 2.0 | – | – | – | – | – |" in text
+
+
+def test_without_tags_only_all_accesses_count(one):
+    untagged = dataclasses.replace(one.compiled[0], accesses={"untagged": {16: 16, 4: 4}})
+    text = table.markdown([dataclasses.replace(one, compiled=[untagged])])
+    assert "| a case | sm_90 | 40 | 8 | 2.0 | 16/20 | – | – | – | wgmma × 4 |" in text
+
+
+def test_what_torch_moves_is_shown(one):
+    packed = dataclasses.replace(one.counted[0], extra_bytes=1024)
+    text = table.markdown([dataclasses.replace(one, counted=[packed])])
+    assert "| a run | 2.0 | 2.000 | 1.000 | 2.00 | 0.500 | 0 | 1 |" in text
+
+
+def test_rows_are_as_long_as_their_heads(one):
+    lines = [line for line in table.markdown([one]).splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in lines] == 3 * [11] + 3 * [9]
 
 
 def test_an_unknown_kernel_is_an_error():
