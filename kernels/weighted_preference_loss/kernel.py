@@ -53,6 +53,10 @@ def npo_kernel(
     tl.store(losses_ptr + row, tl.where(left_out, 0.0, weight * softplus(u)))  # table
     tl.store(logps_ptr + row, logp)  # table
     grad = tl.where(left_out, 0.0, weight * beta / (1.0 + tl.exp(-u)))
+    # Every warp has read the target's logit and the edges of the row, and one warp overwrites them:
+    # what separates the two is the barrier in the sum over all lanes that ends softmax_sum. It has
+    # to stay behind the last read of the row, and the reads before it. (When write_gradient reads
+    # the edges again, warps other than the one that stores them may see gradients: they drop them.)
     write_gradient(
         logits_ptr, row, stride, V, target, peak + tl.log(total), grad, logit_scale, soft_cap,
         CAPPED, EDGES, UNROLL, LANES,
