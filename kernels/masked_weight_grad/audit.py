@@ -1,4 +1,11 @@
-"""What is compiled and counted of masked_weight_grad."""
+"""`aᵀb` at the selected entries; a tile without one is not computed.
+
+*Moved* is above the minimum because every tile reads its rows and columns of the factors again (a
+cache's work); entries are written once. Narrow stream accesses are fp32 results of an odd width,
+and fp32 factors where they are transposed on their way to the matrix unit. Rows that stand in no
+run of 16 are packed by torch's `index_select` before: *by torch* counts the sectors that it reads
+and the bytes that it writes.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +15,28 @@ from lit_align_kernels.audit.compiled import CompileCase
 from lit_align_kernels.audit.traffic import TrafficCase
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import kernel
-from lit_align_kernels.masked_weight_grad.tiles import RUN, TILINGS, Arithmetic, Tiling
+from lit_align_kernels.masked_weight_grad.tiles import RUN, TILINGS, Arithmetic, Tiling, plan
 
 MASKS = ("all", "runs of rows", "elements")
+SECTOR_BYTES = 32
 TYPES: dict[Arithmetic, str] = {"half": "bf16", "tf32": "fp32", "ieee": "fp32"}
+FP32: tuple[Arithmetic, ...] = ("tf32", "ieee")
 
 
 def compile_cases(target: str, every: bool = False) -> list[CompileCase]:
     """The launches that training meets; with `every`, all that the host code can make.
 
     Both factors always reach the kernel with rows at multiples of 16 bytes. What differs is whether
-    Q divides by 16 (then no bitmap word spans two rows) and whether places need int64.
+    Q divides by 16 (then no bitmap word spans two rows) and whether places need int64. fp32 factors
+    are multiplied in fp32 or in TF32 as `torch.set_float32_matmul_precision` says.
     """
     tilings = TILINGS[target]
     if every:
-        return [
+        fp16 = [
+            _case("half", tiling, "elements", accumulate=True, divisible=True, dtype="fp16")
+            for tiling in tilings["half"]
+        ]
+        return fp16 + [
             _case(work, tiling, mask, accumulate, divisible, wide=not divisible)
             for work, choices in tilings.items()
             for tiling in choices
@@ -38,6 +52,10 @@ def compile_cases(target: str, every: bool = False) -> list[CompileCase]:
         _case("half", large, "all", accumulate=True, divisible=False),
         _case("half", medium, "elements", accumulate=True, divisible=True),
         _case("half", small, "elements", accumulate=False, divisible=True),
+        *(
+            _case(work, tilings[work][0], "elements", accumulate=False, divisible=True)
+            for work in FP32
+        ),
     ]
 
 
@@ -48,11 +66,13 @@ def _case(
     accumulate: bool,
     divisible: bool,
     wide: bool = False,
+    dtype: str | None = None,
 ) -> CompileCase:
+    dtype = dtype or TYPES[work]
     shape = f"{tiling.rows}x{tiling.columns}"
-    words = [TYPES[work], work, shape, mask]
+    words = [dtype, work, shape, mask]
     words += ["added" if accumulate else "written", "Q = 16 n" if divisible else "odd Q"]
-    pointer, number = f"*{TYPES[work]}", "i32:16" if divisible else "i32"
+    pointer, number = f"*{dtype}", "i32:16" if divisible else "i32"
     place = "i64" if wide else "i32"
     return CompileCase(
         name=", ".join([*words, "int64"] if wide else words),
@@ -125,4 +145,16 @@ def _traffic_case(name: str, entries: Entries, tokens: int = 192) -> TrafficCase
         name=name,
         call=lambda: kernel.masked_weight_grad(a, b, entries, out, accumulate=False),
         minimum_bytes=2 * needed + bitmap + 4 * entries.numel,
+        extra_bytes=_bytes_of_packing(a, entries),
     )
+
+
+def _bytes_of_packing(a: torch.Tensor, entries: Entries) -> int:
+    """What `index_select` reads of `a`, in sectors, and writes; 0 where it is not called."""
+    half = TILINGS[kernel.target_of(a.device)]["half"]
+    packed = plan(entries, half, 1, a.device).packed
+    if packed is None:
+        return 0
+    assert a.is_contiguous() and a[0].nbytes % SECTOR_BYTES == 0  # each row is whole sectors
+    sectors = (packed * a.element_size() // SECTOR_BYTES).unique().numel()
+    return a.shape[0] * (sectors * SECTOR_BYTES + packed.numel() * a.element_size())

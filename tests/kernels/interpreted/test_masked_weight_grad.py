@@ -270,3 +270,10 @@ def test_traffic(case):
     assert seen.races == 0 and seen.out_of_bounds == 0
     assert seen.unique <= 1.05 * case.minimum_bytes
     assert seen.sectors <= 1.25 * seen.moved
+
+
+def test_packing_rows_counts_into_the_traffic():
+    """26 of 256 rows, 20 bytes apart: all sectors of 192 tokens are read, 32 columns written."""
+    packed = {case.name: case.extra_bytes for case in audit.traffic_cases()}
+    assert packed.pop("10 % of rows") == 192 * (256 * 2 + 32 * 2)
+    assert not any(packed.values())
