@@ -32,11 +32,12 @@ demo: $(VENV)/.installed
 # Triton's interpreter and its compiler do not share a process: two runs of pytest beside the main
 # one, both on one thread, at the same time.
 test: $(VENV)/.installed-dev
-	$(MAKE) --output-sync=target -j 2 test-interpreted test-compiled
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(MAKE) --output-sync=target --keep-going -j 2 test-interpreted test-compiled; kernels=$$?; \
+	$(BIN)/python -m pytest $(PYTEST_ARGS) && exit $$kernels
 
+# 5: no test was chosen, which PYTEST_ARGS="-k name" may mean here.
 test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/$* $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/$* $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # The slow proofs, and those of the kernels once more with the oldest Triton that they are for.
 test-long: $(VENV)/.installed-dev $(OLD_TRITON)/.installed

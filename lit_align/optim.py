@@ -73,9 +73,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; the links to the weights are looked up again."""
         super().__setstate__(state)
-        for group in self.param_groups:  # of a checkpoint from before there was a choice
-            for name, value in (("stochastic_rounding", False), ("seed", 0), ("rounds", 0)):
-                group.setdefault(name, value)
+        self.grad_scale = None
         self._links = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,7 +82,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         torch would cast moments to a 16-bit parameter's dtype, and leave `step` on the checkpoint's
         device, where a kernel cannot read it.
         """
+        own = [(g["stochastic_rounding"], g["seed"]) for g in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, (rounding, seed) in zip(self.param_groups, own, strict=True):
+            # How this run rounds is its own setting; how far it has come is the checkpoint's.
+            group.update(stochastic_rounding=rounding, seed=seed)
+            group.setdefault("rounds", 0)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         ours = [p for group in self.param_groups for p in group["params"]]
         for i, parameter in zip(saved, ours, strict=True):

@@ -143,3 +143,25 @@ def test_a_step_count_left_on_another_device_follows_its_parameter():
     optimizer._entry(parameter)
     optimizer.state[parameter]["step"] = torch.tensor(3.0)
     assert optimizer._entry(parameter).step.device.type == "meta"
+
+
+def test_copies_step_on():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = copy.deepcopy(MaskedAdamW([parameter], lr=0.5))
+    copied = optimizer.param_groups[0]["params"][0]
+    copied.grad = torch.ones(3)
+    optimizer.step()
+    assert (copied < 1).all()
+
+
+def test_how_a_run_rounds_is_its_own_setting():
+    exact = MaskedAdamW([nn.Parameter(torch.ones(3))])
+    exact.param_groups[0]["params"][0].grad = torch.ones(3)
+    exact.step()
+    small = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    rounding = MaskedAdamW([small], stochastic_rounding=True, seed=4)
+    rounding.load_state_dict(exact.state_dict())
+    group = rounding.param_groups[0]
+    assert (group["stochastic_rounding"], group["seed"], group["rounds"]) == (True, 4, 1)
+    small.grad = torch.ones(3, dtype=torch.bfloat16)
+    rounding.step()

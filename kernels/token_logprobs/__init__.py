@@ -97,14 +97,18 @@ def _triton_backward(ctx: Any, grad: Tensor) -> _Gradients:
     return sums.hidden, sums.weight, sums.bias
 
 
-def _block_sizes(hidden: Tensor, weight: Tensor, max_logits_bytes: int) -> tuple[int, int]:
+def _block_sizes(
+    hidden: Tensor, weight: Tensor, soft_cap: float | None, max_logits_bytes: int
+) -> tuple[int, int]:
     """Vocabulary entries of a block, and how many blocks more fit the budget."""
-    block = max(MIN_BLOCK, max_logits_bytes // (4 * max(1, *hidden.shape)))
+    # At work on a block: its logits, a temporary of logsumexp or exp, and copies of other kinds.
+    copies = 2 + (hidden.dtype != torch.float32) + (soft_cap is not None)
+    block = max(MIN_BLOCK, max_logits_bytes // (4 * copies * max(1, *hidden.shape)))
     if hidden.device.type == "cpu":
         block = min(block, chunks.CPU_BLOCK)
     block = min(block, weight.shape[0])
     block_bytes = 4 * max(1, len(hidden)) * max(1, block)
-    return block, max(0, max_logits_bytes // block_bytes - 1)
+    return block, max(0, max_logits_bytes // block_bytes - copies)
 
 
 def _apply(
@@ -125,7 +129,7 @@ def _apply(
     wants_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in trained
     )
-    block, kept_blocks = _block_sizes(hidden, handle.weight, max_logits_bytes)
+    block, kept_blocks = _block_sizes(hidden, handle.weight, soft_cap, max_logits_bytes)
     settings = HeadSettings(logit_scale, soft_cap, block, kept_blocks if wants_gradient else 0)
     logps, logsumexp = _TokenLogprobs.apply(
         *trained, targets, handle.entries, settings, max_logits_bytes if triton else None

@@ -61,7 +61,10 @@ class LanguageModelModule(OptimizedModule):
     """
 
     uses_reference: ClassVar[bool] = False
-    sequences_together: ClassVar[int] = 1  # neighbouring sequences that one unit needs (a pair: 2)
+    # How many neighbouring sequences a unit of the loss needs (a pair: 2), where the loss is a sum
+    # over such units of what their own log-probs give: it then takes one pass over the head, a
+    # chunk of units at a time. None: it needs the whole batch, or more than log-probs.
+    sequences_together: int | None = None
 
     def __init__(
         self,
@@ -118,11 +121,6 @@ class LanguageModelModule(OptimizedModule):
         """The loss of a batch from the log-probs of its targets, each (N,)."""
         raise NotImplementedError
 
-    @property
-    def takes_chunks(self) -> bool:
-        """Whether the objective is a sum over sequences of what their log-probs alone give."""
-        return True
-
     def chunk_loss(self, batch: PackedBatch, reference: Tensor | None) -> TokenNPO | ChunkLoss:
         """The objective's loss by chunks of whole sequences; without a reference π_ref is π."""
 
@@ -130,7 +128,7 @@ class LanguageModelModule(OptimizedModule):
             ref = self._reference_or_self(
                 logps, None if reference is None else reference[start:stop]
             )
-            part = batch.sequences_of_targets(start, stop, self.sequences_together)
+            part = batch.sequences_of_targets(start, stop, self.sequences_together or 1)
             return self.objective(part, logps, ref).loss_sum
 
         return loss
@@ -140,12 +138,13 @@ class LanguageModelModule(OptimizedModule):
 
     def _objective(self, batch: PackedBatch, reference: Tensor | None) -> Objective:
         """The objective with its gradient; the head's product is formed once where it can be."""
+        together = self.sequences_together
         # 16-mixed multiplies the loss before the backward, which one pass would come too early for.
-        if not self.takes_chunks or self.trainer.precision == "16-mixed":
+        if together is None or self.trainer.precision == "16-mixed":
             logps = per_token_logps(self.model, batch)
             return self.objective(batch, logps, self._reference_or_self(logps, reference))
         chunk_loss = self.chunk_loss(batch, reference)
-        loss_sum, logps = loss_and_logps(self.model, batch, chunk_loss, self.sequences_together)
+        loss_sum, logps = loss_and_logps(self.model, batch, chunk_loss, together)
         with torch.no_grad():  # units and what is reported, of all chunks together
             found = self.objective(batch, logps, self._reference_or_self(logps, reference))
         return dataclasses.replace(found, loss_sum=loss_sum)

@@ -28,7 +28,7 @@ class MaskedDPO(LanguageModelModule):
     """
 
     uses_reference: ClassVar = True
-    sequences_together: ClassVar = 2
+    sequences_together = 2
     reported_names: ClassVar = (
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
         "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import get_scheduler
 
 from lit_align.compact import trainable
 from lit_align.errors import TrainingError
 from lit_align.modules.checkpointed import CheckpointedModule
 from lit_align.optim import MaskedAdamW
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """In fp32, whatever the gradients' dtype: sums over a window overflow fp16's squares."""
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
 class OptimizedModule(CheckpointedModule):
@@ -37,13 +44,19 @@ class OptimizedModule(CheckpointedModule):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         scale = (1.0 / units.where(units > 0, 1.0)).to(grads[0].device, torch.float32)
         self.units = torch.zeros_like(units)
-        norm = torch.nn.utils.get_total_norm(grads) * scale
-        if not norm.isfinite() and not str(self.trainer.precision).startswith("16"):
+        norm = _total_norm(grads) * scale
+        # Under 16-mixed the scaler itself skips a step whose gradient is not finite.
+        if not norm.isfinite() and self.trainer.precision != "16-mixed":
             raise TrainingError(self._describe_bad_gradient())
         self.log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
         self._gradient_norm = norm
         if isinstance(optimizer, MaskedAdamW):
             optimizer.grad_scale = scale
+        elif self.hparams["stochastic_rounding"]:
+            raise TrainingError(
+                f"stochastic_rounding is MaskedAdamW's; {type(optimizer).__name__} would lose most "
+                "updates of 16-bit weights: leave configure_optimizers as it is, or keep masters"
+            )
         else:
             torch._foreach_mul_(grads, scale)
 

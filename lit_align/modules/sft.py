@@ -14,6 +14,7 @@ from lit_align.modules.base import LanguageModelModule, Objective
 class SupervisedFineTuning(LanguageModelModule):
     """Mean negative log-likelihood over target tokens (weighted by `token_weights`)."""
 
+    sequences_together = 1
     reported_names: ClassVar = ("loss", "entropy", "mean_token_accuracy", "grad_norm")
 
     def objective(

@@ -67,6 +67,8 @@ class TokenWeightedNPO(LanguageModelModule):
         self.save_hyperparameters()
         if retain == "kl" and self.settings.reference != "swap":
             raise TrainingError("retain: kl compares whole distributions: set reference: swap")
+        # KL compares whole distributions, on hidden states of its own.
+        self.sequences_together = None if retain == "kl" else 1
         self._ref_distributions: Tensor | None = None  # (retained, V) of the batch in hand
 
     def objective(
@@ -98,11 +100,6 @@ class TokenWeightedNPO(LanguageModelModule):
             reported["retain_loss"] = (mean, retain_units)
         reported["loss"] = (loss_sum / units.clamp(min=1), units)
         return Objective(loss_sum, units, reported)
-
-    @property
-    def takes_chunks(self) -> bool:
-        """Whole distributions are compared on hidden states of their own."""
-        return bool(self.settings.retain != "kl")
 
     def chunk_loss(self, batch: PackedBatch, reference: Tensor | None) -> TokenNPO | ChunkLoss:
         """Token NPO alone is separable by token, and one kernel on a GPU."""

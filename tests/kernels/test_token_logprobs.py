@@ -292,16 +292,17 @@ def test_the_probe_sees_dense_logits_in_both_passes():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_never_exist_whole(dtype):
-    n, d, v, block = 300, 8, 40_000, 800
+    n, d, v, block = 300, 8, 40_000, 400
+    copies = 2 if dtype == torch.float32 else 3  # that the budget has to hold
     x, entries = inputs_of(n, d, v, dtype), entries_of("elements", (v, d))
     hidden, selected = x.hidden.requires_grad_(), torch.zeros(entries.numel, requires_grad=True)
     handle = WeightHandle(x.weight, selected, entries)
     with LargestTensor() as seen:
         logps, _ = token_logprobs_with_statistics(
-            hidden, handle, x.targets, max_logits_bytes=4 * n * block
+            hidden, handle, x.targets, max_logits_bytes=4 * n * block * copies
         )
         logps.sum().backward()
-    assert seen.numel == n * block  # 2 % of n * v
+    assert seen.numel == n * block  # 1 % of n * v
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "elements"])

@@ -50,7 +50,7 @@ def run(objective: str, model: str, mask: str, out: str, world_size: int) -> Non
     )
     log = MemoryLogger()
     trained = trainer(
-        folder, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=1,
+        folder, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=2,
         devices=world_size, strategy="ddp" if world_size > 1 else "auto", max_epochs=2,
         gradient_clip_val=1.0,
     )  # fmt: skip

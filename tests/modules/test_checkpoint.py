@@ -27,7 +27,10 @@ from tests.training_runs import (
 LEARN = {"learning_rate": 1e-2, "weight_decay": 0.1}
 
 
-def fit(folder, tmp_path, *, ckpt_path=None, mask=None, epochs=2, every=1, rows=10, **settings):
+def fit(
+    folder, tmp_path, *, ckpt_path=None, mask=None, epochs=2, every=1, rows=10, log_every=1,
+    **settings,
+):  # fmt: skip
     """A DPO run that keeps a checkpoint of every `every` steps."""
     module = MaskedDPO(str(folder), **LEARN, **settings)
     log = MemoryLogger()
@@ -39,7 +42,7 @@ def fit(folder, tmp_path, *, ckpt_path=None, mask=None, epochs=2, every=1, rows=
     )
     run = trainer(
         tmp_path, callbacks=[saving, localization], enable_checkpointing=True, max_epochs=epochs,
-        logger=log, log_every_n_steps=1,
+        logger=log, log_every_n_steps=log_every,
     )  # fmt: skip
     run.fit(module, preferences(rows, batch_size=2), ckpt_path=ckpt_path)
     return module, log
@@ -89,6 +92,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(step, tiny_llama_dir, tmp_
     assert log_again.values("loss") == log.values("loss")[step:]
     assert log_again.values("num_tokens") == log.values("num_tokens")[step:]
     assert log_again.values("learning_rate") == log.values("learning_rate")[step:]
+
+
+def test_a_resumed_run_of_steps_in_one_pass_ends_like_an_uninterrupted_one(
+    tiny_llama_dir, tmp_path
+):
+    """Steps that are logged take two passes over the head: here hardly any is."""
+    whole, _ = fit(tiny_llama_dir, tmp_path, log_every=1000)
+    checkpoint = tmp_path / "checkpoints" / "step=5.ckpt"
+    resumed, _ = fit(tiny_llama_dir, tmp_path, ckpt_path=checkpoint, log_every=1000)
+    assert_equal_weights(weights(whole), weights(resumed))
 
 
 def test_resuming_between_accumulation_windows(tiny_llama_dir, tmp_path):

@@ -100,7 +100,7 @@ def test_token_npo_is_the_fused_kernels_loss():
 
 
 def test_divergence_from_the_reference_needs_hidden_states_of_its_own():
-    assert not TokenWeightedNPO("m", retain="kl", reference="swap").takes_chunks
+    assert TokenWeightedNPO("m", retain="kl", reference="swap").sequences_together is None
 
 
 def test_sequences_of_targets():

@@ -212,3 +212,29 @@ def test_stochastic_rounding_needs_16_bit_weights(tiny_llama_dir, tmp_path):
     module = SupervisedFineTuning(str(tiny_llama_dir), stochastic_rounding=True)
     with pytest.raises(TrainingError, match="set bf16-true or 16-true"):
         fit(module, instructions(4), tmp_path)
+
+
+class Sums(lightning.Callback):
+    """Multiplies gradients, as the sums of very many tokens do."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for parameter in optimizer.param_groups[0]["params"]:
+            grad = parameter.grad.float()
+            parameter.grad.copy_(grad * (6e4 / grad.abs().max().clamp(min=1e-30)))
+
+
+def test_the_norm_of_large_sums_in_fp16_does_not_overflow(tiny_llama_dir, tmp_path):
+    module = SupervisedFineTuning(
+        str(tiny_llama_dir), learning_rate=1e-2, warmup_ratio=0.0, stochastic_rounding=True
+    )
+    settings = {"precision": "16-true", "gradient_clip_val": 1.0, "callbacks": [Sums()]}
+    after = fit(module, instructions(4), tmp_path, **settings)
+    base = {n: t.half() for n, t in stored(tiny_llama_dir).items()}
+    moved = sum(int((after[n] != t).sum()) for n, t in base.items())
+    assert moved > 0.5 * sum(t.numel() for t in base.values())
+
+
+def test_stochastic_rounding_needs_our_optimiser(tiny_llama_dir, tmp_path):
+    module = WithTorchAdamW(str(tiny_llama_dir), stochastic_rounding=True)
+    with pytest.raises(TrainingError, match="AdamW would lose most updates"):
+        fit(module, instructions(4), tmp_path, precision="bf16-true")
