@@ -1,8 +1,8 @@
 """Token NPO: loss, and gradient over the logits, in one launch.
 
-A row is read for its logsumexp and read again while its gradient is written: by the program text 1.5
-times the minimum (one read, one write), of which the second read is a cache's work where the rows in
-flight fit it. DPO and other losses run the two kernels of token_logprobs around them.
+A row is read for its logsumexp and read again while its gradient is written: by the program text
+1.5 times the minimum (one read, one write), of which the second read is a cache's work where the
+rows in flight fit it. DPO and other losses run the two kernels of token_logprobs around them.
 """
 
 from __future__ import annotations
