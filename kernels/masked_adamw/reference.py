@@ -46,18 +46,12 @@ class AdamWEntry:
     entries: Entries | None = None
 
 
-def _gradients(batch: list[AdamWEntry], scale: Tensor | None) -> list[Tensor]:
-    """Gradients in fp32, scaled, with the strides of their masters.
-
-    The fused CPU kernel pairs the two by memory order.
-    """
-    grads = [
-        e.grad
-        if e.grad.stride() == e.master.stride() and e.grad.dtype == torch.float32
-        else torch.empty_like(e.master, dtype=torch.float32).copy_(e.grad)
-        for e in batch
-    ]
-    return grads if scale is None else list(torch._foreach_mul(grads, scale))
+def _laid_out(entry: AdamWEntry) -> Tensor:
+    """The gradient in fp32 with the strides of its master: the fused kernel pairs them by memory."""
+    grad, master = entry.grad, entry.master
+    if grad.stride() == master.stride() and grad.dtype == torch.float32:
+        return grad
+    return torch.empty_like(master, dtype=torch.float32).copy_(grad)
 
 
 @torch.no_grad()
@@ -76,7 +70,7 @@ def masked_adamw_(
     masters = [e.master.float() for e in batch]  # the masters themselves where they are fp32
     adamw(
         masters,
-        _gradients(batch, grad_scale),
+        [_laid_out(e) for e in batch],
         [e.exp_avg for e in batch],
         [e.exp_avg_sq for e in batch],
         [],
@@ -89,6 +83,8 @@ def masked_adamw_(
         weight_decay=weight_decay,
         eps=eps,
         maximize=False,
+        # torch divides, as the scalers of mixed precision do, and leaves gradients divided.
+        grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
     )
     for number, (entry, new) in enumerate(zip(batch, masters, strict=True)):
         if new is not entry.master:

@@ -133,7 +133,6 @@ def test_a_scale_on_the_device_multiplies_the_gradients():
     masked_adamw_([scaled], **SETTINGS, grad_scale=torch.tensor(0.25))
     assert torch.equal(plain.master, scaled.master)
     assert torch.equal(plain.exp_avg_sq, scaled.exp_avg_sq)
-    assert torch.equal(scaled.grad, torch.linspace(-4, 4, 5))
 
 
 def test_gradients_in_bf16():
