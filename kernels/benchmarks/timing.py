@@ -1,7 +1,12 @@
-"""Time several functions in turn: on a GPU with events, on a CPU with the clock."""
+"""Time several functions in turn: on a GPU with events, on a CPU with the clock.
+
+The first event is recorded before Python prepares the launches: where these take longer than the
+kernels (small sizes on a GPU), the time is the host's. A training step waits for them just so.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import time
@@ -9,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -26,10 +32,11 @@ def times_ms(
         inputs: taken in turn, so that no call finds the last one's data in a cache.
         device: where they run.
         rounds: timed calls of each function.
-        warm_up: calls of each that are not timed (compilation, clocks, caches of tables).
+        warm_up: calls of each that are not timed (compilation, clocks, caches of tables), at least
+            one for every input.
     """
     timed: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(-warm_up, rounds):
+    for i in range(-max(warm_up, len(inputs)), rounds):
         for name, function in functions.items():
             elapsed = _one_call_ms(function, inputs[i % len(inputs)], device)
             if i >= 0:
@@ -70,7 +77,26 @@ def peak_extra_bytes(function: Callable[[Any], Any], value: Any, device: torch.d
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             results = function(value)
         peak = _peak_allocated(recorded)
-    return max(0, peak - sum(r.untyped_storage().nbytes() for r in results))
+    given = _storages(value)
+    returned = {at: size for at, size in _storages(results).items() if at not in given}
+    return max(0, peak - sum(returned.values()))
+
+
+def _storages(value: Any) -> dict[int, int]:
+    """Address → bytes of every storage that stands behind the tensors in `value`."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    found: dict[int, int] = {}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            found |= _storages(getattr(value, field.name))
+    elif isinstance(value, dict):
+        found |= _storages(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            found |= _storages(one)
+    return found
 
 
 def _peak_allocated(recorded: Any) -> int:
