@@ -2,7 +2,7 @@
 
 from lit_align_kernels.benchmarks.case import SIZES, BenchmarkCase, CheckFailedError, Size
 from lit_align_kernels.benchmarks.ceilings import Ceilings, measure_ceilings
-from lit_align_kernels.benchmarks.run import OPERATIONS, Measurement, cases, measure
+from lit_align_kernels.benchmarks.run import OPERATIONS, LeftOut, Measurement, cases, measure
 
 __all__ = [
     "OPERATIONS",
@@ -10,6 +10,7 @@ __all__ = [
     "BenchmarkCase",
     "Ceilings",
     "CheckFailedError",
+    "LeftOut",
     "Measurement",
     "Size",
     "cases",

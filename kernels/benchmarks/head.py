@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_align_kernels.benchmarks.case import Size
+from lit_align_kernels.benchmarks.case import Size, tolerance_of
 
 # tokens, width, vocabulary
 SIZES: dict[Size, tuple[int, int, int]] = {
@@ -48,10 +48,9 @@ def size_of(size: Size, device: torch.device) -> tuple[int, int, int]:
     return (GPU_SIZES if device.type == "cuda" else SIZES)[size]
 
 
-def make(size: Size, device: torch.device, seed: int) -> Inputs:
+def make(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
     """Random inputs; the head is the same in every call's distribution, not in its values."""
     tokens, width, vocabulary = size_of(size, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -84,6 +83,11 @@ def plain_logps_fp64(inputs: Inputs) -> Tensor:
     """Log-probs of inputs in fp64, without a detour through fp32."""
     logps = F.log_softmax(F.linear(inputs.hidden, inputs.weight), dim=-1)
     return logps.gather(1, inputs.targets[:, None])[:, 0]
+
+
+def tolerances(dtype: torch.dtype) -> tuple[float, float, float]:
+    """Of a loss, which averages the rounding of its tokens, and of its two gradients."""
+    return 1e-3 if dtype == torch.bfloat16 else 1e-5, tolerance_of(dtype), tolerance_of(dtype)
 
 
 def flops(size: Size, device: torch.device) -> int:

@@ -30,6 +30,23 @@ ROTATING = {"cuda": 4, "cpu": 2}  # inputs: on a GPU together larger than its L2
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """An implementation that was not timed.
+
+    Attributes:
+        operation: name of the kernel.
+        case: name of the case.
+        implementation: whose it is; never ours.
+        reason: its error, or how wrong its result is.
+    """
+
+    operation: str
+    case: str
+    implementation: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """One implementation in one case.
 
@@ -38,12 +55,12 @@ class Measurement:
         case: name of the case.
         implementation: who did it.
         median_ms: of one call.
-        ratio: to the baseline's median.
+        ratio: to the baseline's median; None where the baseline was left out.
         peak_extra_mib: memory beyond inputs and results, in MiB.
         gb_per_s: minimum bytes over time, or None.
         tflops: flops over time, or None.
-        share_of_ceiling: of this device's copy rate (bytes) or matmul rate (flops), whichever
-            bounds it, in [0, 1].
+        share_of_ceiling: of this device's copy rate (bytes) or product rate (flops), whichever
+            bounds it. Above 1 where caches hold the data or a shape is faster than the ceiling's.
         baseline: what `ratio` refers to.
         shapes: sizes of the case.
     """
@@ -52,7 +69,7 @@ class Measurement:
     case: str
     implementation: str
     median_ms: float
-    ratio: float
+    ratio: float | None
     peak_extra_mib: float
     gb_per_s: float | None
     tflops: float | None
@@ -61,33 +78,38 @@ class Measurement:
     shapes: dict[str, int]
 
 
-def cases(operation: str, size: Size, device: torch.device) -> list[BenchmarkCase]:
-    """The cases of one operation.
+def cases(
+    operation: str, size: Size, device: torch.device, dtype: torch.dtype | None = None
+) -> list[BenchmarkCase]:
+    """The cases of one operation, by default in what is timed on the device (bf16 on a GPU).
 
     Raises:
         ValueError: there is no such operation.
     """
     if operation not in MAKERS:
         raise ValueError(f"no kernel {operation!r}: choose from {', '.join(OPERATIONS)}")
-    return MAKERS[operation](size, device)
+    return MAKERS[operation](size, device, dtype)
 
 
 def measure(
     case: BenchmarkCase, device: torch.device, ceilings: Ceilings, size: Size
-) -> list[Measurement]:
-    """Check our results, then time every implementation, alternating.
+) -> tuple[list[Measurement], list[LeftOut]]:
+    """Check all results, then time the implementations that are right, alternating.
 
     Raises:
         CheckFailedError: our results are wrong; nothing is timed.
     """
-    case.check()
+    wrong = case.check()
+    right = {name: run for name, run in case.implementations.items() if name not in wrong}
     inputs = [case.make(i) for i in range(ROTATING["cuda" if device.type == "cuda" else "cpu"])]
-    timed = times_ms(case.implementations, inputs, device, ROUNDS[size])
+    timed = times_ms(right, inputs, device, ROUNDS[size])
     medians = {name: median_ms(values) for name, values in timed.items()}
-    return [
+    measured = [
         _measurement(case, name, medians, ceilings, peak_extra_bytes(run, inputs[0], device))
-        for name, run in case.implementations.items()
+        for name, run in right.items()
     ]
+    left_out = [LeftOut(case.operation, case.name, name, why) for name, why in wrong.items()]
+    return measured, left_out
 
 
 def _measurement(
@@ -105,7 +127,7 @@ def _measurement(
         case=case.name,
         implementation=name,
         median_ms=elapsed,
-        ratio=elapsed / medians[case.baseline],
+        ratio=elapsed / medians[case.baseline] if case.baseline in medians else None,
         peak_extra_mib=peak / 2**20,
         gb_per_s=gb_per_s,
         tflops=tflops,

@@ -7,18 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size
+from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size, dtype_of
 from lit_align_kernels.benchmarks.masked_adamw import SHAPES, SHARE
 from lit_align_kernels.benchmarks.masks import random_elements, random_rows
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import Swap, swap_selected_
 
 
-def cases(size: Size, device: torch.device) -> list[BenchmarkCase]:
+def cases(
+    size: Size, device: torch.device, dtype: torch.dtype | None = None
+) -> list[BenchmarkCase]:
     """10 % of elements, and 10 % of rows."""
+    dtype = dtype or dtype_of(device)
     return [
-        _case("10 % of elements", size, device, random_elements),
-        _case("10 % of rows", size, device, random_rows),
+        _case("10 % of elements", size, device, dtype, random_elements),
+        _case("10 % of rows", size, device, dtype, random_rows),
     ]
 
 
@@ -26,9 +29,9 @@ def _case(
     name: str,
     size: Size,
     device: torch.device,
+    dtype: torch.dtype,
     select: Callable[[tuple[int, ...], float, torch.device], Entries],
 ) -> BenchmarkCase:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     entries = {shape: select(shape, SHARE, device) for shape in set(SHAPES[size])}
     selected = sum(entries[s].numel for s in SHAPES[size])
     implementations: dict[str, Run] = {OURS: _ours, "torch": _torch}

@@ -6,30 +6,32 @@ import torch
 from torch import Tensor
 
 from lit_align_kernels.benchmarks import head, liger
-from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size, tolerance_of
+from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size, dtype_of
 from lit_align_kernels.token_logprobs import token_logprobs
 
 PLAIN = "linear, log_softmax, gather"
 
 
-def cases(size: Size, device: torch.device) -> list[BenchmarkCase]:
+def cases(
+    size: Size, device: torch.device, dtype: torch.dtype | None = None
+) -> list[BenchmarkCase]:
     """Forward and backward with a trainable head."""
     implementations: dict[str, Run] = {OURS: _ours, PLAIN: _plain}
     if device.type == "cuda":
         implementations["torch.compile"] = torch.compile(_plain, dynamic=False)
         if liger.is_installed():
             implementations["Liger"] = _liger
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or dtype_of(device)
     return [
         BenchmarkCase(
             operation="token_logprobs",
             name="forward and backward, trainable head",
-            make=lambda seed: head.make(size, device, seed),
+            make=lambda seed: head.make(size, device, dtype, seed),
             implementations=implementations,
             expected=_expected,
             baseline=PLAIN,
             flops=head.flops(size, device),
-            tolerance=tolerance_of(dtype) * 5,
+            tolerance=head.tolerances(dtype),
             shapes=head.shapes(size, device),
         )
     ]
