@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from lit_align.errors import LitAlignError
 from lit_align.modules import LanguageModelModule
 from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.pipelines.allo import allo
-from lit_align.pipelines.bench import bench
+from lit_align.pipelines.bench import bench, bench_command
 from lit_align.pipelines.commands import evaluate_files, export, localize
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
@@ -93,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if verb in TRAINER_VERBS:
             train(arguments)
+        elif verb == "bench":  # lists and flags, which auto_cli does not take
+            bench_command(words[1:])
         else:
-            options = _bench_options(words[1:]) if verb == "bench" else words[1:]
-            auto_cli(VERBS[verb], args=options, prog=f"lit-align {verb}", as_positional=False)
+            auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
     except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:
         # jsonargparse wraps what the constructors of a config's classes raise.
         wrapped = isinstance(error, ValueError) and error.__cause__ is not None
@@ -104,13 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise  # a defect of ours: its traceback is wanted
         print(f"lit-align: {cause}", file=sys.stderr)
         raise SystemExit(1) from error
-
-
-def _bench_options(words: list[str]) -> list[str]:
-    """`bench a b --audit` as options with values: auto_cli takes neither lists nor flags."""
-    count = next((i for i, w in enumerate(words) if w.startswith("-")), len(words))
-    kernels = [f"--kernels={json.dumps(words[:count])}"] if count else []
-    return kernels + ["--audit=true" if w == "--audit" else w for w in words[count:]]
 
 
 def train(arguments: Sequence[str] | None) -> None:

@@ -33,7 +33,7 @@ def draw_measurements(found: Sequence[Measurement], folder: Path) -> list[Path]:
             colours = [ACCENT if m.implementation == OURS else MUTED for m in shown]
             bars = axes.barh(range(len(shown)), [m.median_ms for m in shown], color=colours)
             axes.set_yticks(range(len(shown)), [f"{m.case}: {m.implementation}" for m in shown])
-            axes.bar_label(bars, [f" {m.median_ms:.3g} ms, {m.ratio:.2f}×" for m in shown])
+            axes.bar_label(bars, [_label(m) for m in shown])
             axes.margins(x=0.25)
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
@@ -43,3 +43,8 @@ def draw_measurements(found: Sequence[Measurement], folder: Path) -> list[Path]:
             figure.savefig(path, dpi=120)
         written.append(path)
     return written
+
+
+def _label(m: Measurement) -> str:
+    ratio = "" if m.ratio is None else f", {m.ratio:.2f}×"
+    return f" {m.median_ms:.3g} ms{ratio}"
