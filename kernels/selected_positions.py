@@ -45,6 +45,12 @@ def pointer(parameter, column: tl.constexpr, ALIGNED: tl.constexpr, dtype: tl.co
 
 
 @triton.jit
+def weight_pointer(parameter, KIND: tl.constexpr, EVEN: tl.constexpr, dtype: tl.constexpr):
+    """The weight's address; EVEN of a list of positions says nothing about the weight."""
+    return pointer(parameter, WEIGHT, EVEN and KIND != "index", dtype)
+
+
+@triton.jit
 def entries_of_program(table, programs, ENTRIES: tl.constexpr):
     """The parameter's row, and the first of its entries in this program, of ENTRIES at most."""
     program = programs + 2 * tl.program_id(0).to(tl.int64)
@@ -59,7 +65,8 @@ def positions_in_block(
 ):  # fmt: skip
     """Row-major position in the weight of the entries of a block: (BLOCK,).
 
-    Lanes from `count` on have no meaning. EVEN: 16 divides the length of a row and every address.
+    Lanes from `count` on have no meaning. EVEN: 16 divides the weight's address and the length of a
+    row; for a list of positions: the list's address.
     """
     lane = tl.arange(0, BLOCK)
     if KIND == "all":

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_align_kernels import dispatch
-from lit_align_kernels.masked_adamw import reference
+from lit_align_kernels.batches import by_device
+from lit_align_kernels.masked_adamw import checks, reference
 from lit_align_kernels.masked_adamw.reference import AdamWEntry
 
 __all__ = ["AdamWEntry", "masked_adamw_"]
@@ -28,42 +29,51 @@ def masked_adamw_(
     """One AdamW step, in place, on every entry of `batch`.
 
     Args:
-        batch: what trains, all on one device: masters and moments in fp32, gradients in fp32 or
-            bf16, weights in fp32, bf16 or fp16.
+        batch: what trains; all of one entry is on one device. Masters, moments and step counts in
+            fp32, gradients and weights in fp32, bf16 or fp16. Layouts: weights and their masters
+            contiguous; other masters dense, and their moments like them.
         lr: learning rate.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled; acts on the selected entries alone.
-        grad_scale: () fp32 on the same device, a factor on every gradient (clipping, 1 over the
-            units of an accumulation window); it is read there, and nothing waits for it.
+        grad_scale: () fp32, a factor on every gradient (clipping, 1 over the units of an
+            accumulation window); it is read on the device, and nothing waits for it.
         stochastic_rounding_seed: masters may then be bf16 or fp16 (weights without masters): the
             step is computed in fp32 and rounded up or down at random, without bias. Another seed
             for every step; equal seeds give equal results.
 
     Raises:
-        TypeError: a 16-bit master without a seed: it would drop most updates of a low learning
-            rate.
+        TypeError: a tensor has another dtype, or a master has 16 bits and there is no seed (it
+            would drop most updates of a low learning rate). Nothing has changed then.
+        ValueError: a shape, device or layout does not fit, or a weight has no entries; likewise.
     """
-    if not batch:
-        return
-    if stochastic_rounding_seed is None and any(e.master.dtype != torch.float32 for e in batch):
-        raise TypeError("masters must be fp32, or be rounded stochastically (give a seed)")
+    checks.check_batch(batch, stochastic_rounding_seed is not None)
+    checks.check_scale(grad_scale)
     settings: dict[str, Any] = {
         "lr": lr,
         "beta1": beta1,
         "beta2": beta2,
         "eps": eps,
         "weight_decay": weight_decay,
-        "grad_scale": grad_scale,
-        "stochastic_rounding_seed": stochastic_rounding_seed,
     }
-    if dispatch.implementation_for("masked_adamw", batch[0].master.device) == "triton":
-        from lit_align_kernels.masked_adamw import kernel
+    parts = by_device(batch, lambda entry: entry.master.device)
+    for number, (device, part) in enumerate(parts.items()):
+        seed = stochastic_rounding_seed
+        if seed is not None:  # parameters are numbered in their part: no two share their bits
+            seed += number << 56
+        scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
+        _step(part, device, settings | {"grad_scale": scale, "stochastic_rounding_seed": seed})
 
-        kernel.launch(batch, **settings)
-        # Autograd does not see what a kernel writes: a graph that needs the old values must fail.
-        written = [t for e in batch for t in (e.master, e.weight) if t is not None]
-        torch.autograd.graph.increment_version(written)
-    else:
+
+def _step(batch: list[AdamWEntry], device: torch.device, settings: dict[str, Any]) -> None:
+    """A step of entries that are on one device."""
+    if dispatch.implementation_for("masked_adamw", device) == "torch":
         reference.masked_adamw_(batch, **settings)
+        return
+    from lit_align_kernels.masked_adamw import kernel
+
+    kernel.launch(batch, **settings)
+    # Autograd does not see what a kernel writes: a graph that needs the old values must fail.
+    written = [t for e in batch for t in (e.master, e.weight) if t is not None]
+    torch.autograd.graph.increment_version(written)

@@ -18,18 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_align_kernels import launch_tables
+from lit_align_kernels.masked_adamw.checks import lie_alike
 from lit_align_kernels.masked_adamw.reference import AdamWEntry
 from lit_align_kernels.masked_adamw.rounding import random_bits, round_stochastically
 from lit_align_kernels.selected_positions import (
     NUMEL,
     OWN,
-    WEIGHT,
     entries_of_program,
     field,
     pointer,
     positions_in_block,
     positions_of_rest,
     rest_of_block,
+    weight_pointer,
 )
 
 TILE = 512  # words of a bitmap in one step: the span of a block where every sixteenth is selected
@@ -132,7 +133,7 @@ def update_block(
     tl.store(exp_avg_sq_ptr, exp_avg_sq, mask=mask)  # stream
     tl.store(master_ptr, new, mask=mask)  # stream
     if WEIGHT_TYPE is not None:
-        weight = pointer(parameter, WEIGHT, EVEN, WEIGHT_TYPE) + positions
+        weight = weight_pointer(parameter, KIND, EVEN, WEIGHT_TYPE) + positions
         tl.store(weight, new.to(WEIGHT_TYPE), mask=mask)  # scattered
     return rest
 
@@ -166,7 +167,7 @@ def update_rest(
     tl.store(master_ptr, new, mask=mask)  # stream
     if WEIGHT_TYPE is not None:
         at = positions_of_rest(parameter, entry, mask, rest, KIND, INDEX_TYPE)
-        weight = pointer(parameter, WEIGHT, False, WEIGHT_TYPE) + at
+        weight = weight_pointer(parameter, KIND, False, WEIGHT_TYPE) + at
         tl.store(weight, new.to(WEIGHT_TYPE), mask=mask)  # scattered
 
 
@@ -256,16 +257,16 @@ def launch(
     grad_scale: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
 ) -> None:
-    """See `lit_align_kernels.masked_adamw.masked_adamw_`; one launch for each `Variant`."""
+    """See `masked_adamw_`, which checks the entries: all on one device; a launch a `Variant`."""
     if not batch:
         return
-    torch._foreach_add_([entry.step for entry in batch], 1)
     launches: dict[Variant, list[list[int]]] = {}
     grads = [_laid_out_like(entry.grad, entry.master) for entry in batch]
     for number, (entry, grad) in enumerate(zip(batch, grads, strict=True)):
         if entry.master.numel():
             variant, row = _describe(entry, grad, stochastic_rounding_seed, number)
             launches.setdefault(variant, []).append(row)
+    torch._foreach_add_([entry.step for entry in batch], 1)
     device, block = batch[0].master.device, launch_tables.block_entries()
     settings = (
         *(lr, 1 - lr * weight_decay),
@@ -288,8 +289,6 @@ def _describe(
     entry: AdamWEntry, grad: Tensor, seed: int | None, number: int
 ) -> tuple[Variant, list[int]]:
     states = (entry.exp_avg, entry.exp_avg_sq)
-    if not all(_lie_alike(state, entry.master) for state in states):
-        raise ValueError("the moments must lie in memory as the master does")
     numel = entry.master.numel()
     (kind, index_type, even), columns = launch_tables.place(
         entry.weight, entry.entries, numel, launch_tables.block_entries()
@@ -314,22 +313,8 @@ def _as_int64(seed: int) -> int:
     return ((seed + 2**63) % 2**64) - 2**63
 
 
-def _lie_alike(tensor: Tensor, master: Tensor) -> bool:
-    strides = zip(tensor.stride(), master.stride(), master.shape, strict=True)
-    return all(ours == theirs or size == 1 for ours, theirs, size in strides)
-
-
 def _laid_out_like(grad: Tensor, master: Tensor) -> Tensor:
-    """`grad` in the memory order of `master`: both are read as they lie.
-
-    Raises:
-        ValueError: `master` has gaps.
-    """
-    extent = sum(
-        (size - 1) * stride for size, stride in zip(master.shape, master.stride(), strict=True)
-    )
-    if master.numel() and extent + 1 != master.numel():
-        raise ValueError(f"a master of shape {tuple(master.shape)} has gaps: {master.stride()}")
-    if _lie_alike(grad, master):
+    """`grad` in the memory order of `master`: both are read as they lie."""
+    if lie_alike(grad, master):
         return grad
     return torch.empty_like(master, dtype=grad.dtype).copy_(grad)

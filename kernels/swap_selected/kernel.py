@@ -6,7 +6,7 @@ A program reads a block of values as one stream and exchanges it entry by entry 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -18,16 +18,15 @@ from lit_align_kernels.entries import Entries
 from lit_align_kernels.selected_positions import (
     NUMEL,
     OWN,
-    WEIGHT,
     entries_of_program,
     field,
     pointer,
     positions_in_block,
     positions_of_rest,
     rest_of_block,
+    weight_pointer,
 )
-
-Operation = Literal["swap", "scatter", "gather"]
+from lit_align_kernels.swap_selected.reference import Operation
 
 TILE = 512  # words of a bitmap in one step
 BLOCKS = 4  # of a program
@@ -64,7 +63,7 @@ def exchange_block(
     count = tl.minimum(numel - start, BLOCK).to(tl.int32)
     whole = tl.multiple_of(count // 16 * 16, 16)
     positions = positions_in_block(parameter, start, count, KIND, INDEX_TYPE, EVEN, BLOCK, TILE)
-    weight = pointer(parameter, WEIGHT, EVEN, WEIGHT_TYPE) + positions
+    weight = weight_pointer(parameter, KIND, EVEN, WEIGHT_TYPE) + positions
     values = pointer(parameter, VALUES, ALIGNED, VALUE_TYPE) + start + lane
     exchange(weight, values, lane < whole, OPERATION)
     return rest_of_block(rest, positions, whole, count, KIND)
@@ -92,7 +91,7 @@ def swap_selected_kernel(
         entry = whole + tl.arange(0, 16)
         mask = entry < numel
         at = positions_of_rest(parameter, entry, mask, rest, KIND, INDEX_TYPE)
-        weight = pointer(parameter, WEIGHT, False, WEIGHT_TYPE) + at
+        weight = weight_pointer(parameter, KIND, False, WEIGHT_TYPE) + at
         values = pointer(parameter, VALUES, False, VALUE_TYPE) + entry
         exchange(weight, values, mask, OPERATION)
 
@@ -103,8 +102,8 @@ def launch(
     """One launch for each combination of dtypes, alignment and kind of entries.
 
     Args:
-        exchanges: (weight, entries, values) each, all of one device; the values contiguous, and in
-            the weight's dtype where they are swapped.
+        exchanges: (weight, entries, values) each, all of one device; the public functions have
+            checked them.
         operation: `swap`, `scatter` (values into the weight, cast to its dtype) or `gather` (the
             weight's entries into the values, cast to theirs).
     """

@@ -6,10 +6,15 @@ is one contiguous row of `values` where axis = 1), by increasing position for th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lit_align_kernels.entries import Entries
+
+Operation = Literal["swap", "scatter", "gather"]
 
 
 def _rows_view(weight: Tensor, axis: int) -> Tensor:
@@ -50,3 +55,16 @@ def swap_selected_(weight: Tensor, entries: Entries, values: Tensor) -> None:
     current = gather_entries(weight, entries)
     scatter_entries_(weight, entries, values)
     values.copy_(current)
+
+
+@torch.no_grad()
+def gather_entries_into_(weight: Tensor, entries: Entries, values: Tensor) -> None:
+    """Copy the selected entries of `weight` into `values` (M,), cast to their dtype."""
+    values.copy_(gather_entries(weight, entries))
+
+
+OPERATIONS: dict[Operation, Callable[[Tensor, Entries, Tensor], None]] = {
+    "swap": swap_selected_,
+    "scatter": scatter_entries_,
+    "gather": gather_entries_into_,
+}

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from lit_align_kernels.swap_selected import gather_entries, scatter_entries_, swap_selected_
+from lit_align_kernels.swap_selected import (
+    gather_entries,
+    gather_selected_,
+    scatter_entries_,
+    scatter_selected_,
+    swap_selected_,
+)
 from tests.kernels.cases import KINDS, KINDS_3D, elements, entries_of, flat_order
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,10 +86,19 @@ def test_gather_follows_autograd():
     assert weight.grad.view(-1).nonzero().flatten().tolist() == [1, 5]
 
 
-def test_values_or_weights_that_do_not_fit_are_an_error():
-    weight, entries = torch.zeros(4, 3), elements((4, 3), torch.tensor([1, 5]))
-    for values in (torch.zeros(3), torch.zeros(1, 2), torch.zeros(2, dtype=torch.bfloat16)):
-        with pytest.raises(ValueError, match="values must be"):
-            swap_selected_([(weight, entries, values)])
-    with pytest.raises(ValueError, match="entries of a weight of"):
-        swap_selected_([(torch.zeros(3, 4), entries, torch.zeros(2))])
+@pytest.mark.parametrize("values", [torch.float32, torch.float16])
+def test_many_are_scattered_and_gathered_in_one_call(values):
+    batch = []
+    for kind in KINDS:
+        weight, entries = weight_of((11, 7), torch.bfloat16), entries_of(kind, (11, 7))
+        batch.append((weight, entries, torch.randn(entries.numel).to(values)))
+    expected = [weight.clone() for weight, _, _ in batch]
+    scatter_selected_(batch)
+    for (weight, entries, new), other in zip(batch, expected, strict=True):
+        scatter_entries_(other, entries, new)
+        assert torch.equal(bits(weight), bits(other))
+        new.fill_(torch.nan)
+    gather_selected_(batch)
+    for weight, entries, found in batch:
+        assert found.dtype == values
+        assert torch.equal(found, gather_entries(weight, entries).to(values))
