@@ -20,6 +20,9 @@ from lit_align_kernels.entries import Entries
 
 VECTOR_BYTES = 16
 MOST_POSITIONS_PER_ENTRY = 32  # of a bitmap: with more, int32 positions are the shorter list
+# Of the block with the longest gaps: one program walks through them alone. Twice the mean of the
+# sparsest bitmap there is.
+MOST_WORDS_PER_ENTRY_OF_A_BLOCK = 2
 
 
 TRITON_TYPES: dict[torch.dtype | None, Any] = {
@@ -84,7 +87,8 @@ def _place_rows(weight: Tensor, entries: Entries, block: int) -> tuple[Placement
 def _place_elements(weight: Tensor, entries: Entries, block: int) -> tuple[Placement, list[int]]:
     assert entries.positions is not None
     positions, numel, size = entries.positions, entries.numel, math.prod(entries.shape)
-    if size > MOST_POSITIONS_PER_ENTRY * numel:
+    most_words = MOST_WORDS_PER_ENTRY_OF_A_BLOCK * block
+    if size > MOST_POSITIONS_PER_ENTRY * numel or longest_span(entries, block) > most_words:
         numbers = [numel, weight.data_ptr(), positions.data_ptr(), 0, 0, 0, 0, 0]
         return ("index", positions.dtype, aligned(positions)), numbers
     position_type = torch.int32 if size <= 2**31 else torch.int64
@@ -107,7 +111,16 @@ def spans(entries: Entries, block: int) -> Tensor:
     return entries.cache[key]
 
 
-@functools.lru_cache(maxsize=256)
+def longest_span(entries: Entries, block: int) -> int:
+    """Most words of the bitmap that one block reads; waits for the device the first time."""
+    key = f"longest span of {block}"
+    if key not in entries.cache:
+        first = spans(entries, block)[:, 0]
+        entries.cache[key] = int((first[1:] - first[:-1]).max()) + 1
+    return entries.cache[key]
+
+
+@functools.lru_cache(maxsize=16)  # tables of a step's launches, and of those of a swap
 def programs(numels: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """Parameter and block of every program of a launch: (programs, 2) int32."""
     blocks = torch.tensor([-(-numel // block) for numel in numels])

@@ -1,4 +1,15 @@
-"""Configurations of masked_adamw to compile, and calls whose traffic is known."""
+"""A step of the selected entries, found by bitmap, by list of positions, or by rows.
+
+Gradient, moments and master are contiguous; the narrow ones among their accesses belong to the last
+15 entries of a parameter at most, and to a gradient in a bucket whose address 16 does not divide.
+The weight is written where the mask says, which is what *scattered* counts: single entries go in
+accesses of their own size (rows of a length that 16 divides: 16 bytes), so that a warp touches
+about one sector an entry; that, and nothing else, is what sectors ÷ moved is above 1.
+
+Masters and moments are tensors of their own, at addresses that 16 divides. A master that is a view
+at another address (a wholly trained parameter inside a larger tensor) is stepped too, through
+accesses of the size of an entry; no configuration here is of that kind.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +48,14 @@ def compile_cases(target: str) -> list[CompileCase]:
         "list, int64, bf16 gradient in a bucket": _variant(
             "index", index=INT64, grad=BF16, grad_aligned=False
         ),
+        "list, gradient in a bucket": _variant("index", grad_aligned=False),
         "rows": _variant("rows", index=INT64, even=True),
+        "rows, gradient in a bucket": _variant("rows", index=INT64, even=True, grad_aligned=False),
         "rows of odd length": _variant("rows", index=INT64, weight=FP16),
         "short rows": _variant("short_rows", index=INT64, even=True, grad=BF16),
+        "short rows, gradient in a bucket": _variant(
+            "short_rows", index=INT64, even=True, grad_aligned=False
+        ),
         "whole, fp16": _variant("all", even=True, weight=FP16),
         "whole, no weight": _variant("all", even=True, weight=None),
         "whole, no weight, gradient in a bucket": _variant(

@@ -1,4 +1,11 @@
-"""Configurations of swap_selected to compile, and calls whose traffic is known."""
+"""Selected entries of weights exchanged with values kept beside them.
+
+The values are contiguous (the narrow accesses are those of a parameter's last 15 entries at most);
+the weight is *scattered*: read and written where the mask says, an entry at a time, or in 16 bytes
+where rows have a length that 16 divides. A 16-bit entry in a sector of its own is what sectors ÷
+moved shows. Deltas are written, and trained values brought into and out of the weights, by the
+same kernel without the half that is not needed.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,7 @@ from lit_align_kernels.audit.compiled import CompileCase
 from lit_align_kernels.audit.traffic import TrafficCase
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import kernel
+from lit_align_kernels.swap_selected.reference import Operation
 
 SIGNATURE = {"table": "*i64", "programs": "*i32"}
 INT32, INT64 = torch.int32, torch.int64
@@ -26,16 +34,23 @@ def compile_cases(target: str) -> list[CompileCase]:
         "short rows": ("short_rows", INT64, False),
         "whole": ("all", INT64, True),
     }
-    return [
-        CompileCase(
-            f"{name}, {dtype}",
-            kernel.swap_selected_kernel,
-            SIGNATURE,
-            kernel.constexprs("swap", *placed, dtype, dtype, True, block=block),
-            kernel.NUM_WARPS,
-        )
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = {
+        f"{name}, {dtype}": kernel.constexprs("swap", *placed, dtype, dtype, True, block=block)
         for name, placed in kinds.items()
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in (bf16, fp32)
+    }
+    directions: dict[str, Operation] = {
+        "masters into weights": "scatter",
+        "weights into masters": "gather",
+    }
+    for name in ("bitmap", "rows"):
+        for what, operation in directions.items():
+            constants = kernel.constexprs(operation, *kinds[name], bf16, fp32, True, block=block)
+            cases[f"{name}, {what}"] = constants
+    return [
+        CompileCase(name, kernel.swap_selected_kernel, SIGNATURE, constants, kernel.NUM_WARPS)
+        for name, constants in cases.items()
     ]
 
 
@@ -58,11 +73,17 @@ def _traffic_case(name: str, entries: Entries) -> TrafficCase:
 
 
 def example_entries() -> dict[str, Entries]:
-    """A tenth of the elements (enough for a bitmap), a fiftieth (a list), a tenth of the rows."""
+    """A tenth of the elements (enough for a bitmap), a fiftieth (a list), a tenth of the rows.
+
+    And a tenth of the elements in a weight's first and last rows: a list, for the gap's sake.
+    """
     shape = (257, 1009)
+    at_the_ends = torch.zeros(257, 1)
+    at_the_ends[:25] = at_the_ends[-25:] = 0.5
     return {
-        "bitmap": _elements(shape, 0.1),
-        "list": _elements(shape, 0.02),
+        "bitmap": _elements(shape, torch.tensor(0.1)),
+        "list": _elements(shape, torch.tensor(0.02)),
+        "elements in two clusters": _elements(shape, at_the_ends),
         "rows": Entries("rows", (120, 2064), rows=torch.arange(0, 120, 10)),
         "short rows": Entries("rows", (1000, 252), rows=torch.arange(3, 1000, 10)),
         "columns": Entries("rows", (252, 1000), axis=1, rows=torch.arange(3, 1000, 10)),
@@ -70,7 +91,7 @@ def example_entries() -> dict[str, Entries]:
     }
 
 
-def _elements(shape: tuple[int, int], share: float) -> Entries:
+def _elements(shape: tuple[int, int], share: Tensor) -> Entries:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(shape, generator=generator) < share
     offsets = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0))
@@ -86,7 +107,10 @@ def bytes_of_entries(weight: Tensor, entries: Entries) -> int:
         return written + entries.rows.nbytes
     if entries.kind == "elements":
         assert entries.positions is not None
-        return written + min(entries.bitmap().nbytes, entries.positions.nbytes)
+        (kind, _, _), _ = launch_tables.place(
+            weight, entries, entries.numel, launch_tables.block_entries()
+        )
+        return written + (entries.bitmap() if kind == "bitmap" else entries.positions).nbytes
     return written
 
 

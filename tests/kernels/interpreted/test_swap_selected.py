@@ -8,7 +8,15 @@ import torch
 from lit_align_kernels import launch_tables
 from lit_align_kernels.audit.interpreter import interpreted
 from lit_align_kernels.audit.traffic import traffic
-from lit_align_kernels.swap_selected import audit, kernel, reference, swap_selected_
+from lit_align_kernels.entries import Entries
+from lit_align_kernels.swap_selected import (
+    audit,
+    gather_selected_,
+    kernel,
+    reference,
+    scatter_selected_,
+    swap_selected_,
+)
 from tests.kernels.cases import KINDS, KINDS_3D, elements, entries_of, flat_order
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,6 +71,7 @@ def test_twice_is_nothing(kind, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elements_by_list_and_by_bitmap(monkeypatch, dtype, most):
     monkeypatch.setattr(launch_tables, "MOST_POSITIONS_PER_ENTRY", most)
+    monkeypatch.setattr(launch_tables, "MOST_WORDS_PER_ENTRY_OF_A_BLOCK", most)
     for kind in KINDS:
         if kind.startswith("elements"):
             check_swap(*example(kind, (41, 123), dtype))
@@ -77,6 +86,7 @@ def test_values_may_start_anywhere(kind):
 def test_bitmaps_with_long_gaps_at_every_block_size(monkeypatch, block):
     monkeypatch.setattr(launch_tables, "block_entries", lambda: block)
     monkeypatch.setattr(launch_tables, "MOST_POSITIONS_PER_ENTRY", 2**40)
+    monkeypatch.setattr(launch_tables, "MOST_WORDS_PER_ENTRY_OF_A_BLOCK", 2**40)
     monkeypatch.setattr(kernel, "TILE", 32)
     ends = [0, 31, 32, 33, *range(6000, 6200), *range(11_000, 12_000, 7), 19_990, 19_999]
     weight = amid_nans(20_000, torch.float32).view(100, 200)
@@ -112,15 +122,46 @@ def test_many_in_one_launch():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scatter_and_gather_cast(kind):
+def test_scatter_and_gather_cast(kind, monkeypatch):
+    monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
     weight, entries, _ = example(kind, (52, 123), torch.bfloat16)
     values, expected = torch.randn(entries.numel), weight.clone()
     reference.scatter_entries_(expected, entries, values)
-    launch([(weight, entries, values)], "scatter")
+    with interpreted():
+        scatter_selected_([(weight, entries, values)])
     assert torch.equal(weight, expected)
     gathered = torch.empty(entries.numel)
-    launch([(weight, entries, gathered)], "gather")
+    with interpreted():
+        gather_selected_([(weight, entries, gathered)])
     assert torch.equal(gathered, values.bfloat16().float())
+
+
+@pytest.mark.parametrize("run", [swap_selected_, scatter_selected_, gather_selected_])
+def test_rows_that_repeat(run, monkeypatch):
+    """The same rows of several parameters in one launch; rows of one weight in two calls."""
+    entries = entries_of("rows", (30, 123))
+    batch = []
+    for seed in range(3):
+        weight, _, values = example("rows", (30, 123), torch.bfloat16, seed=seed)
+        batch.append((weight, entries, values))
+    weight, values = batch[0][0], torch.randn(2 * 123).bfloat16()
+    overlapping = [(weight, Entries("rows", (30, 123), rows=entries.rows[1:3].clone()), values)]
+    by_torch = [(w.clone(), e, v.clone()) for w, e, v in batch]
+    overlapping_by_torch = [(by_torch[0][0], overlapping[0][1], values.clone())]
+    for part in (by_torch, overlapping_by_torch):
+        run(part)
+    tensors = {}
+    for i, (w, _, v) in enumerate([*batch, *overlapping]):
+        tensors |= {f"weight {i}": w, f"values {i}": v}
+    tensors |= {"rows": entries.rows, "other rows": overlapping[0][1].rows}
+    monkeypatch.setenv("LIT_ALIGN_KERNELS", "triton")
+    for part in (batch, overlapping):
+        with interpreted(), traffic(tensors) as seen:
+            run(part)
+        assert len(seen.launches) == 1 and seen.races == seen.out_of_bounds == 0
+    ours, theirs = [*batch, *overlapping], [*by_torch, *overlapping_by_torch]
+    for (w, _, v), (w_, _, v_) in zip(ours, theirs, strict=True):
+        assert torch.equal(w, w_) and torch.equal(v, v_)
 
 
 def test_the_public_function_launches_the_kernel(monkeypatch):
