@@ -15,13 +15,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lit_align.compact.state import links
+from lit_align.compact.state import links, read_back
 from lit_align.errors import DeltaError, MaskError
 from lit_align.language_model import fingerprint, load_language_model, save_language_model
 from lit_align.localizers.stored import StoredParameters
 from lit_align.masks import ParameterMask, io, named_shapes
 from lit_align_kernels.entries import Entries
-from lit_align_kernels.swap_selected import gather_entries, scatter_entries_
+from lit_align_kernels.swap_selected import gather_entries, scatter_selected_
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 APPLIED = "lit_align_applied_mask"  # attribute of a model: entries that deltas have changed
@@ -203,12 +203,14 @@ def _write(
     except MaskError as error:
         raise DeltaError(f"{path} belongs to another model: {error}") from error
     parameters = dict(model.named_parameters())
+    scatters = []
     for name, new in values:
         weight = parameters[name]
-        scatter_entries_(weight.detach(), _entries_on(mask, name, weight), new.to(weight.device))
-    for link in links(model):
-        if not link.is_whole:
-            link.selected.copy_(gather_entries(link.weight, link.state.entries))
+        # In the weight's dtype: a delta may hold a dtype that no kernel reads.
+        new = new.to(weight.device, weight.dtype)
+        scatters.append((weight.detach(), _entries_on(mask, name, weight), new))
+    scatter_selected_(scatters)
+    read_back(links(model))
 
 
 def merge(base_dir: str | Path, delta_path: str | Path, out_dir: str | Path) -> Path:

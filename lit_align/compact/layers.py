@@ -16,7 +16,13 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lit_align.compact import graphs
-from lit_align.compact.state import compact_state, live_modules, module_links
+from lit_align.compact.state import (
+    compact_state,
+    live_modules,
+    module_links,
+    read_back,
+    write_through,
+)
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import masked_weight_grad
 from lit_align_kernels.products import product
@@ -167,17 +173,10 @@ class CompactModule(nn.Module):
     ) -> None:
         """Load weights or selected entries; whichever came decides the other."""
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
-        for link in module_links(self):
-            if link.state.trainable is None:
-                continue
-            key = prefix + link.state.trainable
-            if key in state_dict:
-                link.write_through()
-                continue
-            if key in missing_keys:
-                missing_keys.remove(key)
-            with torch.no_grad():
-                link.selected.copy_(gather_entries(link.weight, link.state.entries))
+        links = {prefix + k.state.trainable: k for k in module_links(self) if k.state.trainable}
+        write_through(link for key, link in links.items() if key in state_dict)
+        read_back(link for key, link in links.items() if key not in state_dict)
+        missing_keys[:] = [key for key in missing_keys if key not in links or key in state_dict]
 
 
 class CompactLinear(CompactModule):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lit_align_kernels.entries import Entries
-from lit_align_kernels.swap_selected import scatter_entries_
+from lit_align_kernels.swap_selected import gather_selected_, scatter_selected_
 
 STATE = "_compact_parameters"  # attribute of a module: {parameter name: CompactParameter}
 
@@ -72,8 +72,17 @@ class Link:
 
     def write_through(self) -> None:
         """Bring the trained values into the weight."""
-        if not self.is_whole:
-            scatter_entries_(self.weight, self.state.entries, self.selected)
+        write_through([self])
+
+
+def write_through(links_: Iterable[Link]) -> None:
+    """Bring the trained values of all links into their weights, in one launch on a GPU."""
+    scatter_selected_([(k.weight, k.state.entries, k.selected) for k in links_ if not k.is_whole])
+
+
+def read_back(links_: Iterable[Link]) -> None:
+    """Take the values of the weights into the trainable entries of all links, likewise."""
+    gather_selected_([(k.weight, k.state.entries, k.selected) for k in links_ if not k.is_whole])
 
 
 def module_links(module: nn.Module) -> Iterator[Link]:

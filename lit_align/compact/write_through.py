@@ -8,13 +8,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lit_align.compact.state import Link, links, live_modules, module_links
+from lit_align.compact.state import Link, links, live_modules, module_links, write_through
 
 
 def sync(model: nn.Module) -> None:
     """Write every selected entry of a restricted model into its weight (after averaging, say)."""
-    for link in links(model):
-        link.write_through()
+    write_through(links(model))
 
 
 def linked(optimizer: Optimizer) -> dict[int, Link]:
@@ -30,8 +29,7 @@ def linked(optimizer: Optimizer) -> dict[int, Link]:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if live_modules and not getattr(optimizer, "writes_through", False):
-        for link in linked(optimizer).values():
-            link.write_through()
+        write_through(linked(optimizer).values())
 
 
 register_optimizer_step_post_hook(_after_step)
