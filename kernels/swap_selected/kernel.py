@@ -29,7 +29,6 @@ from lit_align_kernels.selected_positions import (
 from lit_align_kernels.swap_selected.reference import Operation
 
 TILE = 512  # words of a bitmap in one step
-BLOCKS = 4  # of a program
 NUM_WARPS = 4
 
 VALUES = tl.constexpr(OWN.value)
@@ -117,11 +116,12 @@ def launch(
     for key, rows in launches.items():
         device = exchanges[0][0].device
         numels = tuple(row[0] for row in rows)
-        programs = launch_tables.programs(numels, block * BLOCKS, device)
+        constants = constexprs(operation, *key, block=block)
+        programs = launch_tables.programs(numels, block * constants["BLOCKS"], device)
         table = launch_tables.parameter_table(rows, device)
         with launch_tables.on_device_of(table):
             swap_selected_kernel[(len(programs),)](
-                table, programs, **constexprs(operation, *key, block=block), num_warps=NUM_WARPS
+                table, programs, **constants, num_warps=NUM_WARPS
             )
 
 
@@ -146,6 +146,6 @@ def constexprs(
         "VALUE_TYPE": launch_tables.TRITON_TYPES[values],
         "ALIGNED": aligned,
         "BLOCK": block,
-        "BLOCKS": BLOCKS,
+        "BLOCKS": 4 if weight == values else 2,  # of a program; with casts, 4 spill registers
         "TILE": TILE,
     }
