@@ -47,7 +47,7 @@ class AdamWEntry:
 
 
 def _laid_out(entry: AdamWEntry) -> Tensor:
-    """The gradient in fp32 with the strides of its master: the fused kernel pairs them by memory."""
+    """The gradient in fp32 with its master's strides: the fused kernel pairs them by memory."""
     grad, master = entry.grad, entry.master
     if grad.stride() == master.stride() and grad.dtype == torch.float32:
         return grad

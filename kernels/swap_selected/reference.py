@@ -33,6 +33,13 @@ def gather_entries(weight: Tensor, entries: Entries) -> Tensor:
     return weight.view(-1).index_select(0, entries.positions)
 
 
+def _write_rows(view: Tensor, rows: Tensor, values: Tensor) -> None:
+    """`view[rows] = values` by NumPy, which takes about two thirds of `index_copy_`'s time."""
+    bits = torch.int16 if view.element_size() == 2 else view.dtype  # NumPy has no bf16
+    view.view(bits).numpy()[rows.numpy()] = values.contiguous().view(bits).numpy()
+    torch.autograd.graph.increment_version(view)  # a graph that needs the old values must fail
+
+
 @torch.no_grad()
 def scatter_entries_(weight: Tensor, entries: Entries, values: Tensor) -> None:
     """Write `values` (M,) into the selected entries of `weight`, in place, cast to its dtype."""
@@ -42,7 +49,11 @@ def scatter_entries_(weight: Tensor, entries: Entries, values: Tensor) -> None:
     elif entries.kind == "rows":
         assert entries.rows is not None
         view = _rows_view(weight, entries.axis)
-        view.index_copy_(0, entries.rows, values.view(entries.rows.numel(), view.shape[1]))
+        values = values.view(entries.rows.numel(), view.shape[1])
+        if weight.device.type == "cpu" and entries.axis == 0:
+            _write_rows(view.detach(), entries.rows, values)
+        else:
+            view.index_copy_(0, entries.rows, values)
     else:
         assert entries.positions is not None
         # Not index_put_: it takes half as long again on a CPU.

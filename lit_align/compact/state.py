@@ -70,10 +70,6 @@ class Link:
         """Whether the weight itself trains."""
         return self.selected is self.weight
 
-    def write_through(self) -> None:
-        """Bring the trained values into the weight."""
-        write_through([self])
-
 
 def write_through(links_: Iterable[Link]) -> None:
     """Bring the trained values of all links into their weights, in one launch on a GPU."""

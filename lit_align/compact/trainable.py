@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lit_align.compact.state import links
+from lit_align.compact.write_through import sync
 from lit_align.errors import TrainingError
 
 
@@ -37,5 +37,4 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
     for name, parameter in trained.items():
         parameter.copy_(state[name])
-    for link in links(model):
-        link.write_through()
+    sync(model)

@@ -14,6 +14,7 @@ from lit_align.compact import (
     restrict,
     revert_delta,
 )
+from lit_align.compact.state import write_through
 from lit_align.errors import DeltaError, MaskError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes, select
@@ -90,7 +91,7 @@ def test_a_restricted_model_is_reverted_with_its_trainable_entries(dtype, base_d
     assert_equal_weights(model.state_dict(), untouched.state_dict())
     for link in links(model):
         before = link.weight.detach().clone()
-        link.write_through()
+        write_through([link])
         assert torch.equal(link.weight, before)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lit_align.compact import head_handle, links, reference_policy, restrict, sync
+from lit_align.compact.state import write_through
 from lit_align.errors import MaskError, ModelError, TrainingError
 from lit_align.masks import ParameterMask, conv1d_row_axes, named_shapes, select
 from lit_align.optim import MaskedAdamW
@@ -96,7 +97,7 @@ def test_other_optimisers_write_through(kind):
     compact_steps(model, 2, torch.optim.SGD(trainable(model), lr=0.1))
     for link in links(model):
         before = link.weight.detach().clone()
-        link.write_through()
+        write_through([link])
         assert torch.equal(link.weight, before)
 
 
@@ -164,7 +165,7 @@ def test_loading_weights_refreshes_selected():
     model.load_state_dict(other.state_dict())
     for link in links(model):
         before = link.weight.detach().clone()
-        link.write_through()
+        write_through([link])
         assert torch.equal(link.weight, before)
     assert torch.equal(model.model.norm.weight, other.model.norm.weight)
 
@@ -225,7 +226,7 @@ def test_deepcopy_is_independent():
         assert torch.equal(link.weight, old)
     for link in links(twin):
         written = link.weight.detach().clone()
-        link.write_through()
+        write_through([link])
         assert torch.equal(link.weight, written)
     assert twin.lm_head.selected is twin.model.embed_tokens.selected
 

@@ -102,3 +102,12 @@ def test_many_are_scattered_and_gathered_in_one_call(values):
     for weight, entries, found in batch:
         assert found.dtype == values
         assert torch.equal(found, gather_entries(weight, entries).to(values))
+
+
+def test_a_graph_that_needs_rows_as_they_were_fails():
+    weight, entries = torch.randn(11, 7), entries_of("rows", (11, 7))
+    x = torch.randn(7, requires_grad=True)
+    y = weight @ x
+    scatter_entries_(weight, entries, torch.zeros(entries.numel))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
