@@ -44,6 +44,7 @@ OPTIONS = {
     "allo": {"output", "model", "merge_model"}
     | {f"{group}.{name}" for group, names in ALLO_GROUPS.items() for name in words(names)},
     "localize": words("model output method trained ratio granularity scope seed"),
+    "bench": words("size output audit document"),
     "evaluate": words(
         "model data task delta limit output mode max_new_tokens last_number batch_size accelerator"
     ),
@@ -51,7 +52,8 @@ OPTIONS = {
 }
 MODULE_OPTIONS = words(
     "model delta learning_rate weight_decay betas eps lr_scheduler warmup_ratio reference "
-    "gradient_checkpointing attn_implementation trust_remote_code reference_cache"
+    "gradient_checkpointing attn_implementation trust_remote_code reference_cache "
+    "stochastic_rounding"
 )
 MODULES = {
     "SupervisedFineTuning": set(),
