@@ -38,7 +38,8 @@ def masked_adamw_(
         eps: added to the root of the second moment.
         weight_decay: decoupled; acts on the selected entries alone.
         grad_scale: () fp32, a factor on every gradient (clipping, 1 over the units of an
-            accumulation window); it is read on the device, and nothing waits for it.
+            accumulation window); it is read on the device, and nothing waits for it. In torch the
+            gradients are left multiplied by it, in Triton as they were.
         stochastic_rounding_seed: masters may then be bf16 or fp16 (weights without masters): the
             step is computed in fp32 and rounded up or down at random, without bias. Another seed
             for every step; equal seeds give equal results.
