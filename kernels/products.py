@@ -6,14 +6,11 @@ Intel's; oneDNN, which torch brings too, does, and takes about half the time the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 
-def _onednn(a: Tensor, b: Tensor) -> Callable[..., Any] | None:
+def _onednn(a: Tensor, b: Tensor) -> Tensor | None:
     """The product by oneDNN, where it can take these factors and no graph is being recorded."""
     if (
         torch.compiler.is_compiling()
@@ -27,26 +24,29 @@ def _onednn(a: Tensor, b: Tensor) -> Callable[..., Any] | None:
         or torch.backends.cpu.get_cpu_capability() != "AVX512"
     ):
         return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if linear is None else linear(a, b.t(), None, "none", [], "")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The product of a (..., k) and b (k, m)."""
-    linear = _onednn(a, b)
-    return a @ b if linear is None else linear(a, b.t(), None, "none", [], "")
+    found = _onednn(a, b)
+    return a @ b if found is None else found
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write a · b to `out` (n, m), of any strides."""
-    if _onednn(a, b) is None and a.dtype == b.dtype == out.dtype:
+    found = _onednn(a, b)
+    if found is None and a.dtype == b.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
-        out.copy_(product(a, b))
+        out.copy_(a @ b if found is None else found)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a · b to `out` (n, m), of any strides."""
-    if _onednn(a, b) is None and a.dtype == b.dtype == out.dtype:
+    found = _onednn(a, b)
+    if found is None and a.dtype == b.dtype == out.dtype:
         out.addmm_(a, b)
     else:
-        out += product(a, b)
+        out += a @ b if found is None else found

@@ -1,6 +1,6 @@
 """Time the kernels against what else does the same: `lit-align bench`."""
 
-from lit_align_kernels.benchmarks.case import SIZES, BenchmarkCase, CheckFailedError, Size
+from lit_align_kernels.benchmarks.case import SIZES, BenchmarkCase, CheckFailedError, Size, dtype_of
 from lit_align_kernels.benchmarks.ceilings import Ceilings, measure_ceilings
 from lit_align_kernels.benchmarks.run import OPERATIONS, LeftOut, Measurement, cases, measure
 
@@ -14,6 +14,7 @@ __all__ = [
     "Measurement",
     "Size",
     "cases",
+    "dtype_of",
     "measure",
     "measure_ceilings",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size, dtype_of
-from lit_align_kernels.benchmarks.masks import random_elements, random_rows
+from lit_align_kernels.benchmarks.masks import selections
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_adamw import AdamWEntry, masked_adamw_
 from lit_align_kernels.masked_adamw import reference as torch_path
@@ -37,7 +37,6 @@ SCALE = 0.5
 DENSE = "torch dense"
 TOLERANCE = 1e-3  # of changes, rounded to fp32 beside what changes
 POOL = (1 << 20) + 16  # random values that inputs repeat: drawing 134M takes longer than the step
-SHARE = 0.1
 
 # The weights of a model of 134M parameters (30 layers of width 576, tied head), and smaller ones.
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -69,8 +68,8 @@ def cases(
     """10 % of elements, and 10 % of rows."""
     dtype = dtype or dtype_of(device)
     return [
-        _case("10 % of elements", size, device, dtype, random_elements),
-        _case("10 % of rows", size, device, dtype, random_rows),
+        _case(name, size, device, dtype, entries)
+        for name, entries in selections(SHAPES[size], device).items()
     ]
 
 
@@ -79,9 +78,8 @@ def _case(
     size: Size,
     device: torch.device,
     dtype: torch.dtype,
-    select: Callable[[tuple[int, ...], float, torch.device], Entries],
+    entries: Mapping[tuple[int, ...], Entries],
 ) -> BenchmarkCase:
-    entries = {shape: select(shape, SHARE, device) for shape in set(SHAPES[size])}
     selected = sum(entries[s].numel for s in SHAPES[size])
     mask_bytes = sum(_mask_bytes(entries[s]) for s in SHAPES[size])
     implementations: dict[str, Run] = {OURS: _ours, DENSE: _dense}
@@ -113,7 +111,7 @@ def _mask_bytes(entries: Entries) -> int:
 def _inputs(
     size: Size,
     dtype: torch.dtype,
-    entries: dict[tuple[int, int], Entries],
+    entries: Mapping[tuple[int, ...], Entries],
     device: torch.device,
     seed: int,
 ) -> Inputs:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from lit_align_kernels.entries import Entries
+
+SHARE = 0.1
+
+
+def selections(
+    shapes: Iterable[tuple[int, ...]], device: torch.device
+) -> dict[str, dict[tuple[int, ...], Entries]]:
+    """What is timed of masks over many weights: name of the case → entries by shape."""
+    kinds = {"10 % of elements": random_elements, "10 % of rows": random_rows}
+    return {
+        name: {shape: select(shape, SHARE, device) for shape in set(shapes)}
+        for name, select in kinds.items()
+    }
 
 
 def random_elements(shape: tuple[int, ...], share: float, device: torch.device) -> Entries:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lit_align_kernels.benchmarks.case import OURS, BenchmarkCase, Run, Size, dtype_of
-from lit_align_kernels.benchmarks.masked_adamw import SHAPES, SHARE
-from lit_align_kernels.benchmarks.masks import random_elements, random_rows
+from lit_align_kernels.benchmarks.masked_adamw import SHAPES
+from lit_align_kernels.benchmarks.masks import selections
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import Swap, swap_selected_
 
@@ -20,8 +20,8 @@ def cases(
     """10 % of elements, and 10 % of rows."""
     dtype = dtype or dtype_of(device)
     return [
-        _case("10 % of elements", size, device, dtype, random_elements),
-        _case("10 % of rows", size, device, dtype, random_rows),
+        _case(name, size, device, dtype, entries)
+        for name, entries in selections(SHAPES[size], device).items()
     ]
 
 
@@ -30,9 +30,8 @@ def _case(
     size: Size,
     device: torch.device,
     dtype: torch.dtype,
-    select: Callable[[tuple[int, ...], float, torch.device], Entries],
+    entries: Mapping[tuple[int, ...], Entries],
 ) -> BenchmarkCase:
-    entries = {shape: select(shape, SHARE, device) for shape in set(SHAPES[size])}
     selected = sum(entries[s].numel for s in SHAPES[size])
     implementations: dict[str, Run] = {OURS: _ours, "torch": _torch}
     if device.type == "cuda":
@@ -53,7 +52,7 @@ def _case(
 def _inputs(
     size: Size,
     dtype: torch.dtype,
-    entries: dict[tuple[int, int], Entries],
+    entries: Mapping[tuple[int, ...], Entries],
     device: torch.device,
     seed: int,
 ) -> list[Swap]:

@@ -29,7 +29,7 @@ class AdamWEntry:
     Attributes:
         master: (M,) fp32 selected entries, or a whole fp32 parameter of any shape; bf16 or fp16
             where updates are rounded stochastically.
-        grad: same shape as `master`; fp32 or bf16.
+        grad: same shape as `master`; fp32, bf16 or fp16.
         exp_avg: first moment, same shape, fp32.
         exp_avg_sq: second moment, same shape, fp32.
         step: () fp32, number of steps taken.

@@ -150,7 +150,7 @@ def _check_environment(names: list[str], device: torch.device, output: Path) -> 
 def _time(names: list[str], size: Size | None, output: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = size or ("full" if device.type == "cuda" else "small")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = benchmarks.dtype_of(device)
     _check_environment(names, device, output)
     ceilings = benchmarks.measure_ceilings(device, dtype, tiny=size == "tiny")
     print(

@@ -2,16 +2,9 @@
 
 import pytest
 
-from lit_align_kernels.audit.compiled import TARGETS, compile_audit
+from lit_align_kernels.audit.compiled import TARGETS
 from lit_align_kernels.swap_selected import audit
-
-
-def check(case, target):
-    report = compile_audit(case, target)
-    place = f"{case.name} {target}: {report}"
-    assert report.spills == 0 and report.fits and report.atomics == 0, place
-    assert report.wide_share("stream") >= 0.8, place
-    assert "untagged" not in report.accesses, place
+from tests.kernels.compiled.checks import checked_streams
 
 
 def is_variation(case):
@@ -23,7 +16,7 @@ def test_16_bit_weights(target):
     cases = [case for case in audit.compile_cases(target) if not is_variation(case)]
     assert len(cases) == 5
     for case in cases:
-        check(case, target)
+        checked_streams(case, target)
 
 
 @pytest.mark.long
@@ -31,4 +24,4 @@ def test_16_bit_weights(target):
 def test_other_weights(target):
     for case in audit.compile_cases(target):
         if is_variation(case):
-            check(case, target)
+            checked_streams(case, target)
