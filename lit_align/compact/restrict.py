@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_align.compact.layers import make_compact
 from lit_align.compact.state import STATE, CompactParameter, compact_state, trainable_name
@@ -124,3 +124,13 @@ def head_handle(head: nn.Module) -> WeightHandle:
     if state is None or state.trainable is None:
         return WeightHandle(weight, bias=bias)
     return WeightHandle(weight, head._parameters[state.trainable], state.entries, bias)
+
+
+def head_inputs(head: nn.Module, hidden: Tensor) -> tuple[Tensor, WeightHandle]:
+    """What `token_logprobs` is given for a head: hidden states and weight whose product it is.
+
+    A head that adds something of its own to its weight's product (an adapter, a gated change) says
+    so with a method `head_inputs(hidden)`.
+    """
+    own = getattr(head, "head_inputs", None)
+    return (hidden, head_handle(head)) if own is None else own(hidden)

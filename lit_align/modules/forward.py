@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_align.batch import PackedBatch
-from lit_align.compact import head_handle
+from lit_align.compact import head_handle, head_inputs
 from lit_align.errors import ModelError
 from lit_align_kernels.token_logprobs import (
     TokenStatistics,
+    WeightHandle,
     token_logprobs,
     token_logprobs_with_statistics,
 )
@@ -28,6 +29,12 @@ def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The hidden states that predict the batch's targets: (N, D)."""
     hidden = _hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.hidden_index)
+
+
+def _head_inputs(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, WeightHandle]:
+    """What the head's product is taken of, for the batch's targets."""
+    head: Any = model.get_output_embeddings()
+    return head_inputs(head, target_hidden(model, batch))
 
 
 def _hidden(
@@ -107,18 +114,17 @@ def scaled_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
 
 def per_token_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Log-probs of the batch's targets: (N,) fp32, nats."""
-    head = head_handle(model.get_output_embeddings())
+    hidden, head = _head_inputs(model, batch)
     settings: Any = head_settings(model)
-    return token_logprobs(target_hidden(model, batch), head, batch.target_ids, **settings)
+    return token_logprobs(hidden, head, batch.target_ids, **settings)
 
 
 def per_token_logps_with_statistics(
     model: PreTrainedModel, batch: PackedBatch
 ) -> tuple[Tensor, TokenStatistics]:
     """The same, and entropy, argmax hits and mean logit of each target's distribution."""
-    head = head_handle(model.get_output_embeddings())
+    hidden, head = _head_inputs(model, batch)
     settings: Any = head_settings(model)
-    hidden = target_hidden(model, batch)
     return token_logprobs_with_statistics(hidden, head, batch.target_ids, **settings)
 
 
@@ -136,9 +142,8 @@ def loss_and_logps(
     Returns:
         The sum of the loss, scalar with gradient, and the log-probs (N,) without one.
     """
-    head = head_handle(model.get_output_embeddings())
+    hidden, head = _head_inputs(model, batch)
     settings: Any = head_settings(model)
-    hidden = target_hidden(model, batch)
     groups = batch.target_offsets[::together]
     return _loss_and_logps(hidden, head, batch.target_ids, loss, groups=groups, **settings)
 
