@@ -12,7 +12,8 @@ from lit_align.language_model import resolve_model
 from lit_align.pipelines import allo_rewards as rewards
 from lit_align.pipelines import allo_stages as stages
 from lit_align.pipelines.allo_evaluation import evaluator
-from lit_align.pipelines.allo_run import MODEL_FOLDER, AlloRun
+from lit_align.pipelines.allo_run import AlloRun
+from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.settings import (
     DataSettings,
     DPOSettings,

@@ -10,7 +10,7 @@ from lit_align.language_model import (
     load_tokenizer,
     resolve_model,
 )
-from lit_align.pipelines.allo_run import MODEL_FOLDER, AlloRun
+from lit_align.pipelines.allo_run import AlloRun
 from lit_align.pipelines.allo_stages import fine_tune
 from lit_align.pipelines.corrections import Teacher, correct_predictions
 from lit_align.pipelines.predictions import Prediction
@@ -21,6 +21,7 @@ from lit_align.pipelines.rows import (
     write_json,
     write_jsonl,
 )
+from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.token_rewards import weighted_rows
 
 

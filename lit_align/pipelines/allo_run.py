@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_align.language_model import load_language_model, resolve_model
 from lit_align.pipelines.rows import Row, read_jsonl
+from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.settings import (
     DataSettings,
     DPOSettings,
@@ -23,7 +24,6 @@ from lit_align.pipelines.settings import (
 )
 from lit_align.pipelines.training import inference_device, module_settings
 
-MODEL_FOLDER = "model"
 DELTA_FILE = "delta.safetensors"
 MASK_FILE = "mask.safetensors"
 

@@ -32,12 +32,13 @@ from lit_align.localizers.weight_change import check_cut
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
 from lit_align.pipelines import sampling
-from lit_align.pipelines.allo_run import DELTA_FILE, MASK_FILE, MODEL_FOLDER, AlloRun
+from lit_align.pipelines.allo_run import DELTA_FILE, MASK_FILE, AlloRun
 from lit_align.pipelines.rows import (
     as_response,
     load_rows,
     write_jsonl,
 )
+from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.settings import (
     DPOSettings,
     TrainSettings,

@@ -18,6 +18,7 @@ from lit_align.files import sha256_of_file, sync_folder
 from lit_align.pipelines.manifest import FileRecord, Manifest, is_inside
 
 LOCK_NAME = ".lock"
+MODEL_FOLDER = "model"  # in a stage's folder: a trained model
 
 
 def partial_folder(output_dir: Path, name: str) -> Path:

@@ -48,9 +48,21 @@ def train(
 
     A stage is done again from its beginning when it is killed, so it writes no checkpoint.
     """
+    make_trainer(settings, run, folder, callbacks).fit(module, datamodule=data)
+
+
+def make_trainer(
+    settings: TrainSettings,
+    run: RunSettings,
+    folder: Path,
+    callbacks: Sequence[lightning.Callback] = (),
+    *,
+    validate: bool = False,
+) -> lightning.Trainer:
+    """A Trainer for one run; with `validate` it looks at the validation rows after each epoch."""
     _leave_out_chatter()
     lightning.seed_everything(run.seed, verbose=False)
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         default_root_dir=folder,
         accelerator=run.accelerator,
         devices=1,
@@ -65,9 +77,8 @@ def train(
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
+        limit_val_batches=1.0 if validate else 0,
     )
-    trainer.fit(module, datamodule=data)
 
 
 def _leave_out_chatter() -> None:
