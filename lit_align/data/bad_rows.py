@@ -77,10 +77,11 @@ class BadRows:
     def write(self, folder: str | Path) -> Path:
         """Write the bad rows to `<folder>/rejected_rows.jsonl`, whole or not at all.
 
-        Text that is not valid Unicode is written as JSON escapes, so the file is always ASCII.
+        Text that is not valid Unicode is written as JSON escapes, so the file is always ASCII, and
+        what JSON does not have (a date in a data set of the hub) as text.
         """
         path = Path(folder) / REJECTED_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(dataclasses.asdict(bad)) + "\n" for bad in self.rows]
+        lines = [json.dumps(dataclasses.asdict(bad), default=str) + "\n" for bad in self.rows]
         write_atomically(path, "".join(lines).encode("ascii"))
         return path

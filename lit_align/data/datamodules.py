@@ -70,8 +70,8 @@ class TextDataModule(lightning.LightningDataModule):
 
         Args:
             tokenizer: local folder, hub id or alias of a model; or a tokenizer.
-            train_file: .jsonl, .json, folder of `datasets.save_to_disk`, or hub id (`name:split`);
-                or a list of these.
+            train_file: .jsonl, .json, .parquet or .csv, folder of `datasets.save_to_disk`, or hub
+                id (`name:split`); or a list of these.
             validation_file: likewise.
             test_file: likewise.
             predict_file: likewise.

@@ -1,15 +1,16 @@
-"""Reading rows: JSONL, JSON, a saved `datasets` folder, or a hub id."""
+"""Reading rows: JSONL, JSON, Parquet, CSV, a saved `datasets` folder, or a hub id."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from lit_align.data.bad_rows import BadRowError, BadRows
+from lit_align.data.tables import read_csv, read_parquet
 from lit_align.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -19,22 +20,21 @@ def read_rows(source: str | Path, bad_rows: BadRows) -> Iterator[tuple[int, dict
     """Yield (number counted from 1, values) of each row; unreadable ones go to `bad_rows`.
 
     Args:
-        source: a `.jsonl` or `.json` (one list) file, a folder written by `save_to_disk`, or a hub
-            id such as `trl-lib/ultrafeedback_binarized`. The last two take a split after a colon:
-            `trl-lib/ultrafeedback_binarized:test[:100]`; default `train`. The network is used for
-            hub ids alone.
-        bad_rows: where lines that are not UTF-8, not JSON or not an object are noted.
+        source: a `.jsonl`, `.json` (one list), `.parquet` or `.csv` file, a folder written by
+            `save_to_disk`, or a hub id such as `trl-lib/ultrafeedback_binarized`. The last two take
+            a split after a colon: `trl-lib/ultrafeedback_binarized:test[:100]`; default `train`.
+            The network is used for hub ids alone.
+        bad_rows: where rows are noted that cannot be read: not UTF-8, not JSON, not an object, not
+            as many cells as the header.
 
     Raises:
-        DataError: nothing is there, or a file of an unknown kind.
+        DataError: nothing is there, a file of an unknown kind, or one that is damaged as a whole.
     """
     path = Path(source)
     if path.is_file():
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path, bad_rows)
-        if path.suffix == ".json":
-            return _read_json(path, bad_rows)
-        raise DataError(f"{path}: the name must end in .jsonl or .json")
+        if path.suffix not in READERS:
+            raise DataError(f"{path}: the name must end in {', '.join(READERS)}")
+        return READERS[path.suffix](path, bad_rows)
     return enumerate(_load_dataset(str(source)), 1)
 
 
@@ -104,3 +104,11 @@ def _load_folder(name: str) -> datasets.Dataset | datasets.DatasetDict:
         return datasets.load_from_disk(name)
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{name}: not a folder written by save_to_disk: {error}") from error
+
+
+READERS: dict[str, Callable[[Path, BadRows], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+}

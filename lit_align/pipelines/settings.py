@@ -39,8 +39,8 @@ class DataSettings:
         kind: `word_problems` (the embedded generator), `questions` (rows with an answer that can
             be checked: `final_answer`, or `choices` and `answer_index`) or `preference` (pairs:
             sampling is skipped).
-        train_files: JSONL files; none for word problems.
-        held_out_files: JSONL files; none: every `held_out_every`-th row of the train files.
+        train_files: JSONL, JSON, Parquet or CSV files; none for word problems.
+        held_out_files: likewise; none: every `held_out_every`-th row of the train files.
         train_rows: use so many (0: all), taken evenly from the files; of word problems, make so
             many (at least 1).
         held_out_rows: likewise.

@@ -90,7 +90,7 @@ def test_hub_ids_take_a_split(monkeypatch):
 
 
 def test_other_kinds_of_file(tmp_path):
-    path = tmp_path / "rows.csv"
+    path = tmp_path / "rows.txt"
     path.write_text("a,b\n")
-    with pytest.raises(DataError, match=r"must end in .jsonl or .json"):
+    with pytest.raises(DataError, match=r"must end in .jsonl, .json, .parquet, .csv"):
         read(path)
