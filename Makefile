@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@mkdir -p build && rm -f $(KERNELS_FAILED)
 	$(MAKE) --output-sync=target --keep-going -j 2 test-interpreted test-compiled || touch $(KERNELS_FAILED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 	@[ ! -e $(KERNELS_FAILED) ]
 
 # 5: no test was chosen, which PYTEST_ARGS="-k name" may mean here.
