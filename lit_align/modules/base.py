@@ -18,6 +18,7 @@ from lit_align.compact import (
     reference_policy,
     restrict,
 )
+from lit_align.compact.adapters import AdapterSettings, add_adapters
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
@@ -83,6 +84,7 @@ class LanguageModelModule(OptimizedModule):
         reference: Reference = "cache",
         reference_cache: str | None = None,
         stochastic_rounding: bool = False,
+        adapter: AdapterSettings | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -103,6 +105,8 @@ class LanguageModelModule(OptimizedModule):
             reference_cache: folder to keep those log-probs in; None keeps them in memory.
             stochastic_rounding: with `trainer.precision` bf16-true or 16-true, train the weights
                 without fp32 masters, rounding updates up or down at random.
+            adapter: train adapters (LoRA, AdaLoRA, QLoRA) in place of the weights; a mask of whole
+                layers says which layers get one.
 
         Raises:
             TrainingError: an unknown lr_scheduler or reference.
@@ -111,6 +115,7 @@ class LanguageModelModule(OptimizedModule):
         check_choice("reference", reference, get_args(Reference))
         super().__init__()
         self.save_hyperparameters()
+        self.adapter = AdapterSettings.of(adapter)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     # ---- the objective -----------------------------------------------------------------------
@@ -189,6 +194,21 @@ class LanguageModelModule(OptimizedModule):
         self.mask = self._requested_mask()
         if self.uses_reference and h.reference == "cache":
             self._attach_reference_logps()
+        _disable_dropout(self.model)  # the base's: adapters bring their own
+        if self.adapter is None:
+            self._restrict(dtype)
+        else:
+            add_adapters(self.model, self.adapter, self.mask)
+            self.mask = None  # it said where adapters go
+        if h.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        # Frozen weights and buffers are equal on every rank: DDP need not send them.
+        self._ddp_params_and_buffers_to_ignore = self._untrained_names()
+
+    def _restrict(self, dtype: torch.dtype) -> None:
+        """Train the mask's entries alone, or everything."""
+        h: Any = self.hparams
         # Base values of a mask's entries are few; rows that come only after training need them.
         keep_base = self.uses_reference and (self.mask is not None or h.reference == "swap")
         if self.mask is None and dtype != torch.float32:
@@ -197,12 +217,6 @@ class LanguageModelModule(OptimizedModule):
         if self.mask is not None:
             masters = not h.stochastic_rounding
             restrict(self.model, self.mask, keep_base=keep_base, masters=masters)
-        if h.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        _disable_dropout(self.model)
-        # Frozen weights and buffers are equal on every rank: DDP need not send them.
-        self._ddp_params_and_buffers_to_ignore = self._untrained_names()
 
     def _requested_mask(self) -> ParameterMask | None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

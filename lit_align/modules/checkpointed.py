@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_align.compact import load_trainable, trainable
+from lit_align.compact.adapters import AdapterSettings, adapter_identity
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
 
@@ -49,13 +51,16 @@ class CheckpointedModule(LoggedModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the base, the mask and the delta that the trainable entries belong to."""
+        """Name the base, the mask, the delta and the adapters that the entries belong to."""
         done = self.throughput
         seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
         checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
+        settings = checkpoint.get("hyper_parameters", {})
+        if isinstance(settings.get("adapter"), AdapterSettings):  # not with `weights_only`
+            settings["adapter"] = dataclasses.asdict(settings["adapter"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base, mask or delta.
+        """Refuse a checkpoint of another base, mask, delta or adapter.
 
         Raises:
             TrainingError: names both.
@@ -75,6 +80,7 @@ class CheckpointedModule(LoggedModule):
             "base_fingerprint": getattr(self.model, "base_fingerprint", None),
             "mask_digest": None if self.mask is None else self.mask.digest,
             "delta_checksum": self.delta_checksum,
+            "adapter": adapter_identity(self.model),
         }
 
 

@@ -1,0 +1,235 @@
+"""LoRA and its kin through peft, inside a model that stays what it was.
+
+peft's layers take the place of the linear layers; everything else of the model (its class, its
+decoder, its fingerprint) stays, so that whatever works with a plain model works with this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_align.compact.adapter_files import load_adapters, save_adapters
+from lit_align.compact.adapter_layers import (
+    ADAPTER,
+    STATE,
+    AdapterState,
+    adapted_modules,
+    adapter_state,
+    full_shapes,
+    make_adapted,
+)
+from lit_align.compact.adapter_settings import AdapterSettings
+from lit_align.errors import MaskError, ModelError
+from lit_align.masks import ParameterMask
+from lit_align.masks.linear_layers import linear_layers, module_names
+
+__all__ = [
+    "AdapterSettings",
+    "adapted_layers",
+    "adapter_identity",
+    "add_adapters",
+    "has_adapters",
+    "load_adapters",
+    "merge_adapters",
+    "save_adapters",
+    "without_adapters",
+]
+
+
+def add_adapters(
+    model: PreTrainedModel, settings: AdapterSettings, mask: ParameterMask | None = None
+) -> None:
+    """Freeze a model and give its layers adapters, in place; they alone train, in fp32.
+
+    A tied head is adapted as a head alone: the embedding's look-up stays the base's.
+
+    Args:
+        model: a causal language model without adapters, not restricted.
+        settings: which adapters, and where.
+        mask: the layers, in place of `settings.layers` and `settings.mask`.
+
+    Raises:
+        ModelError: the model has adapters already, or a layer does not exist.
+        MaskError: the mask is not of whole linear layers, or belongs to another model.
+    """
+    if has_adapters(model):
+        raise ModelError("the model has adapters already: load it again, or merge them")
+    modules = _chosen_modules(model, settings, mask)
+    with _fp32_by_default(), warnings.catch_warnings():
+        # Which is what we want: the head's product is adapted, the look-up is not.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sees to it
+        config = _peft_config(settings, list(modules.values()), model)
+        kind = LoraModel if settings.kind == "lora" else AdaLoraModel
+        tuner = kind(model, config, ADAPTER)
+    for path in modules.values():
+        make_adapted(model.get_submodule(path))
+    model.__dict__[STATE] = AdapterState(settings, modules, tuner)
+
+
+def _chosen_modules(
+    model: PreTrainedModel, settings: AdapterSettings, mask: ParameterMask | None
+) -> dict[str, str]:
+    """Layer name → module path of the layers that get adapters."""
+    modules = module_names(model)
+    if settings.mask is not None:
+        if mask is not None:
+            raise MaskError("two masks of layers: one of the adapter's settings, one of a callback")
+        mask = ParameterMask.load(settings.mask)
+    if mask is not None:
+        return {name: modules[name] for name in layers_of_mask(model, mask)}
+    if settings.layers is None:
+        return modules
+    wanted: dict[str, None] = {}
+    for given in settings.layers:
+        wanted.update(dict.fromkeys(_matching(given, modules)))
+    return {name: path for name, path in modules.items() if name in wanted}
+
+
+def _matching(given: str, modules: dict[str, str]) -> list[str]:
+    found = [n for n, p in modules.items() if given in (n, p) or p.endswith(f".{given}")]
+    if not found:
+        raise ModelError(
+            f"adapter: no linear layer is {given!r} or ends in it; this model's are "
+            f"{', '.join(sorted({p.rpartition('.')[2] for p in modules.values()}))} "
+            f"({len(modules)} layers, the first is {next(iter(modules))})"
+        )
+    return found
+
+
+def layers_of_mask(model: nn.Module, mask: ParameterMask) -> list[str]:
+    """The linear layers that a mask of whole layers selects.
+
+    Raises:
+        MaskError: it selects parts of a parameter, something else than linear layers, or nothing,
+            or belongs to another model.
+    """
+    mask.check_matches(full_shapes(model), getattr(model, "base_fingerprint", None))
+    layers = linear_layers(model)
+    chosen = {n: s.kind for n, s in mask.selections.items() if s.kind != "none"}
+    for name, kind in chosen.items():
+        if kind != "all":
+            raise MaskError(
+                f"the mask ({mask.metadata.granularity}) selects a part of {name!r}, and an "
+                "adapter takes whole layers: use a mask of granularity layer, or no adapter"
+            )
+        if name not in layers:
+            raise MaskError(
+                f"the mask selects {name!r}, which is no linear layer and cannot have an adapter"
+            )
+    if not chosen:
+        raise MaskError("the mask selects no layer: nothing would get an adapter")
+    return [name for name in layers if name in chosen]
+
+
+def _peft_config(settings: AdapterSettings, targets: list[str], model: PreTrainedModel) -> Any:
+    modules = [model.get_submodule(path) for path in targets]
+    common: dict[str, Any] = {
+        "target_modules": targets,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "fan_in_fan_out": all(isinstance(m, Conv1D) for m in modules),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(getattr(model, "base_dir", None) or ""),
+    }
+    if settings.kind == "lora":
+        return LoraConfig(r=settings.rank, **common)
+    return AdaLoraConfig(
+        init_r=settings.start_rank,
+        target_r=settings.rank,
+        deltaT=settings.rank_interval,
+        orth_reg_weight=settings.orthogonality,
+        total_step=1,  # known when training begins
+        **common,
+    )
+
+
+@contextlib.contextmanager
+def _fp32_by_default() -> Iterator[None]:
+    """Initial values are drawn in fp32, whatever the trainer's precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapters` was here."""
+    return STATE in model.__dict__
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that have adapters, in model order."""
+    return list(adapter_state(model).modules)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base alone inside this context: the reference policy."""
+    layers: list[Any] = list(adapted_modules(model).values())
+    before = [layer.disable_adapters for layer in layers]
+    # Not peft's enable_adapters, which decides anew what trains.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@torch.no_grad()
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Write ΔW into the weights, in place: a plain model again, all of it trainable.
+
+    A tied head with an adapter is untied first: the embedding keeps the base's values, the head
+    gets a weight of its own (`lm_head.weight`), and `config.tie_word_embeddings` becomes false.
+
+    Raises:
+        ModelError: the model has no adapters, or its weights are quantised.
+    """
+    state = adapter_state(model)
+    if state.settings.quantization != "none":
+        raise ModelError(
+            "adapters cannot be merged into quantised weights: save them, and merge them into the "
+            "base loaded without quantisation (PeftModel.from_pretrained(base, folder))"
+        )
+    counts = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for layer, path in zip(adapted_modules(model).values(), state.modules.values(), strict=True):
+        base, change = layer.get_base_layer(), layer.low_rank()
+        delta = change.scale * (change.b @ change.a)
+        weight: Any = base._parameters["weight"]
+        if counts[id(weight)] > 1:
+            weight = nn.Parameter(weight.detach().clone())
+            base.register_parameter("weight", weight)
+            model.config.get_text_config().tie_word_embeddings = False
+            model.config.tie_word_embeddings = False
+        weight += delta.t() if isinstance(base, Conv1D) else delta
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, base)
+    del model.__dict__[STATE], model.peft_config
+    model.requires_grad_(True)
+
+
+def adapter_identity(model: nn.Module) -> str | None:
+    """What a checkpoint's adapter tensors belong to, in words; None without adapters."""
+    if not has_adapters(model):
+        return None
+    state = adapter_state(model)
+    s = state.settings
+    ranks = f"rank {s.rank}" if s.kind == "lora" else f"ranks {s.start_rank} to {s.rank}"
+    where = json.dumps(list(state.modules))
+    return f"{s.kind}, {ranks}, alpha {s.alpha:g}, base {s.quantization}, layers {where}"
