@@ -25,11 +25,12 @@ from lit_align.localizers import (
     random_scores,
     weight_change_scores,
 )
-from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
+from lit_align.localizers.layer_gate import layer_gate_mask, read_scores
+from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, named_shapes, select
 from lit_align.masks.select import Granularity, Scope
 
 INPUTS = "inputs_sha256"  # key in a mask's metadata
-Method = Literal["weight_change", "gradient", "random", "magnitude"]
+Method = Literal["weight_change", "gradient", "random", "magnitude", "layer_gate"]
 
 
 class KeyParameterLocalization(lightning.Callback):
@@ -40,6 +41,9 @@ class KeyParameterLocalization(lightning.Callback):
       restricted to the result and goes on.
     - `method: random | magnitude`: from the weights alone, before training; likewise.
     - `method: weight_change`: after a full fit, |θ′ − θ| gives the mask; nothing is restricted.
+    - `method: layer_gate` with `scores`: the layers that ILA's gates rank highest, by the file of
+      scores; training is restricted to them. Without `scores`, on a fit of `ILAMaskLearning`: the
+      mask is written when the gates are learned; nothing is restricted.
 
     A computed mask is written to `output`; a file that stands there already and was computed from
     the same model, rows and settings is read instead: so a resumed run goes on with its own mask.
@@ -50,10 +54,12 @@ class KeyParameterLocalization(lightning.Callback):
         self,
         method: Method | None = None,
         ratio: float = 0.1,
-        granularity: Granularity = "element",
+        granularity: Granularity | None = None,
         scope: Scope = "global",
         *,
         mask: str | None = None,
+        scores: str | None = None,
+        lowest: bool = False,
         output: str | None = None,
         also: dict[str, float] | None = None,
         num_batches: int = 8,
@@ -64,9 +70,11 @@ class KeyParameterLocalization(lightning.Callback):
         Args:
             method: how parameters are scored.
             ratio: share of the units to select.
-            granularity: element, row, head or layer.
+            granularity: element, row, head or layer; default element, layer for `layer_gate`.
             scope: rank all units together, or inside each parameter.
             mask: file to load.
+            scores: for `layer_gate`: file of layer scores.
+            lowest: for `layer_gate`: take the layers with the smallest scores.
             output: file for a computed mask; default `mask.safetensors` in the run's folder.
             also: further masks from the same scores, {file: ratio}: ALLO's N1 beside its N2.
             num_batches: for `gradient`: how many training batches a rank goes through.
@@ -77,7 +85,14 @@ class KeyParameterLocalization(lightning.Callback):
         """
         if (mask is None) == (method is None):
             raise LocalizationError("KeyParameterLocalization takes either mask or method")
+        by_gate = method == "layer_gate"
+        if not by_gate and (scores is not None or lowest):
+            raise LocalizationError("scores and lowest are settings of the method layer_gate")
+        granularity = granularity or ("layer" if by_gate else "element")
+        if by_gate and granularity != "layer":
+            raise LocalizationError(f"layer_gate ranks layers, not granularity {granularity!r}")
         self.method, self.mask, self.output = method, mask, output
+        self.scores, self.lowest = scores, lowest
         self.selection: dict[str, Any] = {
             "ratio": ratio, "granularity": granularity, "scope": scope,
         }  # fmt: skip
@@ -106,8 +121,12 @@ class KeyParameterLocalization(lightning.Callback):
                     "whose entries would all count as moved: merge the delta and start from that"
                 )
             return None
+        if self._learns_gates(module):
+            return None
         if trainer.state.fn != TrainerFn.FITTING:
             return self._mask_of_the_fit(trainer)
+        if self.scores is not None:
+            return self._layer_mask(read_scores(self.scores), trainer, module.language_model)
         inputs = self._inputs(trainer, module)
         if (known := self._known_mask(trainer, inputs)) is not None:
             return known
@@ -117,6 +136,33 @@ class KeyParameterLocalization(lightning.Callback):
         mask = self._select_and_save(self._scores(model), trainer, model, inputs)
         model.zero_grad(set_to_none=True)
         return mask
+
+    def _learns_gates(self, module: Any) -> bool:
+        """Whether the mask comes from the module's own gates, at the end."""
+        if self.method != "layer_gate":
+            return False
+        learns = hasattr(module, "layer_scores")
+        if learns == (self.scores is not None):
+            raise LocalizationError(
+                "layer_gate reads a file of scores, or the gates that ILAMaskLearning learns: "
+                + ("leave scores out here" if learns else "name the file in scores")
+            )
+        return learns
+
+    def _layer_mask(self, scores: Any, trainer: Any, model: Any) -> ParameterMask:
+        """Masks of the asked ratio and the further ones, written; from layer scores."""
+        shapes = {n: s for n, s in named_shapes(model).items() if not n.endswith(".score")}
+
+        def mask(ratio: float) -> ParameterMask:
+            base = getattr(model, "base_fingerprint", None)
+            lowest = self.lowest
+            return layer_gate_mask(scores, shapes, ratio, lowest=lowest, base_fingerprint=base)
+
+        for path, ratio in self.also.items():
+            self._save(mask(ratio), Path(path), trainer)
+        found = mask(self.selection["ratio"])
+        self._save(found, self._output(trainer), trainer)
+        return found
 
     def _mask_of_the_fit(self, trainer: lightning.Trainer) -> ParameterMask | None:
         """What `fit` wrote, for its checkpoint; without a file nothing is restricted.
@@ -159,7 +205,10 @@ class KeyParameterLocalization(lightning.Callback):
         return mask
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Select by weight change, from fp32 masters."""
+        """Select by weight change, from fp32 masters; or by the gates that were learned."""
+        if self.method == "layer_gate" and self.scores is None:
+            learned: Any = module
+            self._layer_mask(learned.layer_scores(), trainer, learned.language_model)
         if self.method != "weight_change":
             return
         model: Any = module.language_model

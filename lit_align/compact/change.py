@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from lit_align.compact.delta import Delta, _weight_shapes, export_delta, selected_names
+from lit_align.errors import ModelError
+from lit_align.localizers.stored import StoredParameters
+from lit_align.masks import ParameterMask
+from lit_align.masks.linear_layers import linear_layers
+from lit_align_kernels.swap_selected import scatter_selected_
+
+DELTA_FILE = "delta.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,3 +33,120 @@ class LowRank:
     a: Tensor
     b: Tensor
     scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a fine-tuning made of a base.
+
+    Attributes:
+        layers: linear layer → its change: low-rank, or ΔW in the weight's shape and dtype. Layers
+            that did not change are not in it.
+        others: parameter → its values after the fine-tuning, of what else changed (norms, biases,
+            an untied embedding).
+    """
+
+    layers: dict[str, LowRank | Tensor]
+    others: dict[str, Tensor]
+
+
+def save_change(model: nn.Module, folder: str | Path) -> Path:
+    """Write what training made of a model, so that `read_change` finds it.
+
+    A model with adapters becomes peft's adapter folder, any other a delta: of the mask that it was
+    restricted to, or of all its parameters.
+
+    Returns:
+        The folder.
+    """
+    from lit_align.compact.adapters import has_adapters, save_adapters  # they import LowRank
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_adapters(model):
+        save_adapters(model, folder)
+        return folder
+    mask = None
+    if getattr(model, "lit_align_mask", None) is None:
+        mask = ParameterMask.full(
+            _weight_shapes(model), base_fingerprint=getattr(model, "base_fingerprint", None)
+        )
+    export_delta(model, folder / DELTA_FILE, mask)
+    return folder
+
+
+def read_change(folder: str | Path, model: nn.Module) -> Change:
+    """The change in a folder, against the base that `model` is.
+
+    Args:
+        folder: of adapters, of a delta (`save_change` writes either), or a whole model: the task
+            model that the base was fine-tuned into.
+        model: the base, as it was loaded; its weights are read.
+
+    Raises:
+        ModelError: the folder holds none of these, or a model of another architecture or shape; or
+            nothing changed.
+        DeltaError: the delta is damaged.
+        MaskError: the delta belongs to another base.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        from lit_align.compact.adapters import load_adapters  # they import LowRank
+
+        return Change(dict(load_adapters(folder, model)), {})
+    if (folder / DELTA_FILE).is_file():
+        found = _of_delta(folder / DELTA_FILE, model)
+    elif (folder / "config.json").is_file():
+        found = _of_model(folder, model)
+    else:
+        raise ModelError(
+            f"{folder} holds no change: neither adapters ({ADAPTER_FILE}) nor a delta "
+            f"({DELTA_FILE}) nor a model (config.json)"
+        )
+    if not found.layers:
+        raise ModelError(f"{folder}: no linear layer differs from the base: there is no change")
+    return found
+
+
+@torch.no_grad()
+def _of_delta(path: Path, model: nn.Module) -> Change:
+    delta = Delta.load(path)
+    delta.mask.check_matches(model, getattr(model, "base_fingerprint", None))
+    parameters, values = dict(model.named_parameters()), dict(delta.values)
+    found = Change({}, {})
+    layers = linear_layers(model)
+    for name in selected_names(delta.mask):
+        weight = parameters[name].detach()
+        final = weight.float()
+        final = final.clone() if final is weight else final
+        entries = delta.mask.entries(name).to(weight.device)
+        scatter_selected_([(final, entries, values.pop(name).to(final.device, final.dtype))])
+        _note(found, name, weight, final, name in layers)
+    return found
+
+
+@torch.no_grad()
+def _of_model(folder: Path, model: nn.Module) -> Change:
+    parameters = dict(model.named_parameters())
+    stored = StoredParameters(folder, {n: tuple(p.shape) for n, p in parameters.items()})
+    found = Change({}, {})
+    layers = linear_layers(model)
+    for name, parameter in parameters.items():
+        weight = parameter.detach()
+        _note(found, name, weight, stored.read(name).to(weight.device), name in layers)
+    return found
+
+
+def _note(found: Change, name: str, base: Tensor, final: Tensor, is_layer: bool) -> None:
+    """Take a parameter's final values (fp32, written to) into the change, if they differ."""
+    if torch.equal(final, base.float()):
+        return
+    if is_layer:
+        found.layers[name] = final.sub_(base).to(base.dtype)
+    else:
+        found.others[name] = final.to(base.dtype)
+
+
+def changed_layers(change: Change | Mapping[str, LowRank | Tensor]) -> list[str]:
+    """Names of the layers that a change holds."""
+    return list(change.layers if isinstance(change, Change) else change)
