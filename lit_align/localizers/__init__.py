@@ -2,6 +2,7 @@
 
 from lit_align.localizers.baselines import magnitude_scores, random_scores
 from lit_align.localizers.gradient import gradient_scores
+from lit_align.localizers.head_distance import head_distance_mask, head_distance_scores
 from lit_align.localizers.lazy import LazyScores
 from lit_align.localizers.weight_change import (
     check_cut,
@@ -13,6 +14,8 @@ __all__ = [
     "LazyScores",
     "check_cut",
     "gradient_scores",
+    "head_distance_mask",
+    "head_distance_scores",
     "magnitude_scores",
     "random_scores",
     "select_by_weight_change",

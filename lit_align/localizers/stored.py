@@ -45,6 +45,7 @@ class StoredParameters:
     def __init__(self, folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
         self._loaded: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         stored = _inspect(self.folder)
@@ -70,6 +71,32 @@ class StoredParameters:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self._files[name]}: cannot read {name!r}: {error}") from error
 
+    def read_rows(self, name: str, start: int, count: int, axis: int = 0) -> Tensor:
+        """Some rows of a parameter as they are stored, and nothing else of it; not to be written.
+
+        The file stays open, so that reading a model row by row does not parse its header each time.
+
+        Args:
+            name: a 2-D parameter.
+            start: first row.
+            count: how many.
+            axis: 1 where a row is a column.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        rows = slice(start, start + count)
+        at = (rows,) if axis == 0 else (slice(None), rows)
+        if name in self._loaded:
+            return self._loaded[name][at]
+        path = self._files[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            return self._open[path].get_slice(name)[at]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: cannot read {name!r}: {error}") from error
+
 
 def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the parameters that a folder's model has, without loading it.
@@ -77,12 +104,35 @@ def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelError: the folder has no config of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    return named_shapes(meta_model(folder))
+
+
+def meta_model(folder: str | Path) -> Any:
+    """A folder's model on the meta device: its modules and shapes, without its values.
+
+    Raises:
+        ModelError: the folder has no config of a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"{folder}: no config of a causal language model: {error}") from error
+
+
+def read_config(folder: str | Path) -> Any:
+    """The config of a model folder.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            return named_shapes(AutoModelForCausalLM.from_config(config))
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: no config of a causal language model: {error}") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,9 @@ from torch import Tensor, nn
 
 from lit_align.errors import MaskError
 from lit_align.masks.granularity import Selection
+from lit_align.masks.projections import Block, HeadCounts, find_blocks
+from lit_align.masks.table import split_name
 from lit_align.masks.units import row_sums
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """Where the rows of all heads of q, k or v begin in one parameter."""
-
-    name: str
-    axis: int = 0
-    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +35,30 @@ class HeadLayout:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    blocks: tuple[tuple[Projection, Projection, Projection], ...]
+    blocks: tuple[Block, ...]
 
     @classmethod
     def from_model(cls, model: nn.Module) -> HeadLayout:
-        """Of a model with `q_proj`, `k_proj`, `v_proj` (Llama and kin) or `c_attn` (GPT-2).
+        """Of a model with `q_proj`, `k_proj` and `v_proj`, or a fused projection that is known.
+
+        Known are those of GPT-2, Phi-3, GPT-NeoX, BLOOM, Falcon, Persimmon, MPT and GPTBigCode. The
+        values of the parameters are not read: a model on the meta device will do.
 
         Raises:
             MaskError: no such attention, or its shapes are not what the config says.
         """
-        config: Any = model.config
-        num_heads: int = config.num_attention_heads
-        num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
-        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        q_rows, kv_rows = num_heads * head_dim, num_kv_heads * head_dim
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        blocks = []
-        for path, _ in model.named_modules():
-            names = [f"{path}.{letter}_proj.weight" for letter in "qkv"]
-            fused = f"{path}.c_attn.weight"
-            if all(name in shapes for name in names):
-                found = [shapes[name][0] for name in names]
-                _check_rows(path, found, [q_rows, kv_rows, kv_rows])
-                q, k, v = (Projection(name) for name in names)
-                blocks.append((q, k, v))
-            elif fused in shapes:
-                _check_rows(path, [shapes[fused][1]], [q_rows + 2 * kv_rows])
-                starts = (0, q_rows, q_rows + kv_rows)
-                q, k, v = (Projection(fused, 1, start) for start in starts)
-                blocks.append((q, k, v))
-        if not blocks:
-            raise MaskError(
-                f"{type(model).__name__} has neither q_proj, k_proj and v_proj nor c_attn: its "
-                "attention heads cannot be found"
-            )
-        return cls(num_heads, num_kv_heads, head_dim, tuple(blocks))
+        counts = HeadCounts.of_model(model)
+        return cls(counts.q, counts.kv, counts.dim, find_blocks(model, counts))
+
+    @property
+    def total_heads(self) -> int:
+        """Query heads of all blocks."""
+        return self.num_heads * len(self.blocks)
+
+    def block_number(self, index: int) -> int:
+        """The transformer block that the attention of that index stands in."""
+        number, _ = split_name(self.blocks[index][0].name)
+        return index if number is None else number
 
     @property
     def heads_per_group(self) -> int:
@@ -94,14 +75,32 @@ class HeadLayout:
             heads = chosen[str(index)].flags()
             groups = heads.reshape(self.num_kv_heads, self.heads_per_group).any(1)
             for projection, units in zip(projections, (heads, groups, groups), strict=True):
-                selected = np.flatnonzero(np.repeat(units, self.head_dim)) + projection.start
-                rows.setdefault(projection.name, []).append(selected)
+                selected = projection.rows(np.flatnonzero(units), self.head_dim)
+                rows.setdefault(projection.name, []).append(selected.ravel())
                 axes[projection.name] = projection.axis
         selections = {name: Selection.none(shape) for name, shape in shapes.items()}
         for name, parts in rows.items():
             joined = torch.from_numpy(np.sort(np.concatenate(parts)))
             selections[name] = Selection.of_rows(shapes[name], joined, axes[name])
         return selections
+
+    def chosen_heads(self, selections: Mapping[str, Selection]) -> dict[str, list[int]]:
+        """Block index as text -> the query heads whose q rows are all selected.
+
+        Raises:
+            MaskError: a q projection is not in the mask, or one of another shape is.
+        """
+        chosen = {}
+        for index, (q, _, _) in enumerate(self.blocks):
+            if q.name not in selections:
+                raise MaskError(f"the mask has no {q.name!r}, which holds attention heads")
+            selection = selections[q.name]
+            rows = q.rows(np.arange(self.num_heads), self.head_dim)
+            if selection.shape[q.axis] <= rows.max():
+                raise MaskError(f"{q.name!r} has shape {selection.shape} in the mask: too few rows")
+            whole = selection.dense().all(1 - q.axis).numpy()
+            chosen[str(index)] = np.flatnonzero(whole[rows].all(1)).tolist()
+        return chosen
 
 
 @dataclasses.dataclass
@@ -146,14 +145,9 @@ def reduce_to_heads(scores: Mapping[str, Tensor], layout: HeadLayout) -> HeadSco
         for projection, heads in zip(
             projections, (layout.num_heads, *2 * (layout.num_kv_heads,)), strict=True
         ):
-            rows = sums[projection.name].narrow(0, projection.start, heads * layout.head_dim)
-            per_head = rows.reshape(heads, layout.head_dim).sum(1)
+            rows = projection.rows(np.arange(heads), layout.head_dim)
+            per_head = sums[projection.name][torch.from_numpy(rows)].sum(1)
             total += per_head.repeat_interleave(layout.num_heads // heads)
         entries = sum(layout.head_dim * lengths[p.name] for p in projections)
         means[str(index)] = total / entries
     return HeadScores(layout, means, shapes)
-
-
-def _check_rows(path: str, found: list[int], expected: list[int]) -> None:
-    if found != expected:
-        raise MaskError(f"{path}: q, k and v have {found} rows, its config says {expected}")

@@ -64,10 +64,10 @@ def select(
     """
     _check_arguments(ratio, scope, granularity)
     if granularity == "element":
-        selections, cuts = _rank(scores, scope, lambda total: max(1, round(ratio * total)))
+        selections, cuts = rank(scores, scope, lambda total: max(1, round(ratio * total)))
     else:
         units = _reduce(scores, granularity, row_axes, heads)
-        chosen, cuts = _rank(units.means, scope, lambda total: ceil_share(ratio, total))
+        chosen, cuts = rank(units.means, scope, lambda total: ceil_share(ratio, total))
         selections = units.expand(chosen)
     metadata = MaskMetadata(
         method=method,
@@ -75,7 +75,7 @@ def select(
         ratio=ratio,
         scope=scope,
         base_fingerprint=base_fingerprint,
-        extra=dict(extra or {}) | _describe(cuts, scope),
+        extra=dict(extra or {}) | describe_cuts(cuts, scope),
     )
     return ParameterMask(selections, metadata)
 
@@ -102,10 +102,10 @@ def ceil_share(ratio: float, total: int) -> int:
     return math.ceil(Fraction(str(ratio)) * total)
 
 
-def _rank(
+def rank(
     scores: Mapping[str, Tensor], scope: Scope, k_of_total: Callable[[int], int]
 ) -> tuple[dict[str, Selection], dict[str, Threshold]]:
-    """The best units of every parameter, and the cut under each parameter (`""`: of all)."""
+    """The best of some scores: a selection a tensor, and the cut a tensor (`""`: of all)."""
     if scope == "global":
         selections, cut = top_k(scores, k_of_total)
         return selections, {"": cut}
@@ -122,7 +122,8 @@ def _rank(
     return selections, cuts
 
 
-def _describe(cuts: Mapping[str, Threshold], scope: Scope) -> dict[str, Any]:
+def describe_cuts(cuts: Mapping[str, Threshold], scope: Scope) -> dict[str, Any]:
+    """What `metadata.extra` says of where the cut is."""
     lowest = min(cuts, key=lambda name: cuts[name].value)
     value = cuts[lowest].value
     taken = sum(cut.k for cut in cuts.values())

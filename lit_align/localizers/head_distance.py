@@ -1,0 +1,207 @@
+"""Scores of attention heads: how far fine-tuning moved each one (ALPS, arXiv 2505.18799).
+
+A head's weights become a distribution over their entries, softmax(· / τ) in row-major order, and
+the score is the distance between the base's and the task model's. Heads are read one at a time.
+
+- `projection` (the paper's Eq. 5-7): the entries of W_q^h W_k^{g⊤} W_v^g, hidden × head_dim, with
+  the head's own group g of keys and values. The paper calls it hidden × hidden, against its own
+  shapes. It is not the output projection.
+- `qkv` (the public code's): the entries of q, k and v of the head, one after the other, in the
+  order of a `Linear`'s weight. The public code slices k and v by the query head, so that with
+  shared keys and values most heads get none; here every head has those of its group.
+
+The public code loads models in bfloat16 and takes the softmax in fp32. Here stored values are used
+as they are, and everything after them is fp64: a short fine-tuning moves a probability by less than
+fp32 resolves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_align.errors import LocalizationError
+from lit_align.language_model import fingerprint
+from lit_align.localizers.distances import METRICS, Metric
+from lit_align.localizers.same_model import check_same_architecture, check_same_tokenizer
+from lit_align.localizers.stored import StoredParameters, meta_model
+from lit_align.localizers.weight_change import check_cut
+from lit_align.masks import HeadLayout, ParameterMask, named_shapes
+from lit_align.masks.head_sets import (
+    OtherWeights,
+    Rounding,
+    TrainOrFreeze,
+    head_set_mask,
+    top_heads,
+)
+from lit_align.masks.projections import Block, Projection
+
+Representation = Literal["projection", "qkv"]
+
+
+def head_distance_scores(
+    base_dir: str | Path,
+    task_dir: str | Path,
+    representation: Representation = "projection",
+    metric: Metric = "wasserstein",
+    tau: float = 1.0,
+) -> dict[str, Tensor]:
+    """The distance between base and task model, head by head.
+
+    Args:
+        base_dir: Hugging Face folder of the base model.
+        task_dir: folder of the fine-tuned one.
+        representation: of a head's weights.
+        metric: between the two distributions.
+        tau: temperature of the softmax, above 0.
+
+    Returns:
+        Index of the block among those with attention, as text -> (num_heads,) fp64.
+
+    Raises:
+        LocalizationError: models of different architecture, shape or tokenizer; a weight that is
+            not finite; an unknown representation or metric, or a τ that is not above 0.
+        MaskError: a model whose heads cannot be told apart.
+        ModelError: a folder cannot be read.
+    """
+    _check_settings(representation, metric, tau)
+    model = meta_model(base_dir)
+    check_same_architecture(base_dir, model, task_dir)
+    check_same_tokenizer(base_dir, task_dir)
+    layout, shapes = HeadLayout.from_model(model), named_shapes(model)
+    names = dict.fromkeys(p.name for block in layout.blocks for p in block)
+    base, task = (StoredParameters(f, {n: shapes[n] for n in names}) for f in (base_dir, task_dir))
+    scores = {}
+    for index, block in enumerate(layout.blocks):
+        heads = zip(
+            _distributions(base, layout, block, representation, tau),
+            _distributions(task, layout, block, representation, tau),
+            strict=True,
+        )
+        scores[str(index)] = torch.stack([METRICS[metric](p, q) for p, q in heads])
+        if not scores[str(index)].isfinite().all():
+            raise LocalizationError(
+                f"the {metric} of the heads of block {layout.block_number(index)} is not finite: "
+                f"{', '.join(p.name for p in block)} hold NaN or infinity in one of the models"
+            )
+    return scores
+
+
+def head_distance_mask(
+    base_dir: str | Path,
+    task_dir: str | Path,
+    ratio: float = 0.1,
+    representation: Representation = "projection",
+    metric: Metric = "wasserstein",
+    tau: float = 1.0,
+    *,
+    others: TrainOrFreeze = "train",
+    o_proj: TrainOrFreeze | None = None,
+    rounding: Rounding = "ceil",
+) -> ParameterMask:
+    """What trains when, of all attention weights, only the heads that moved furthest do.
+
+    Args:
+        base_dir: Hugging Face folder of the base model.
+        task_dir: folder of the fine-tuned one.
+        ratio: share of all query heads.
+        representation: of a head's weights.
+        metric: between the two distributions.
+        tau: temperature of the softmax, above 0.
+        others: whether everything outside the attention heads trains.
+        o_proj: whether the attention's output projection does; None: as `others`.
+        rounding: of the share to a number of heads: `ceil` (the paper), `floor` (the public code).
+
+    Raises:
+        LocalizationError: as `head_distance_scores`; or fewer heads differ than asked for.
+        MaskError: a ratio outside (0, 1], or a model whose heads cannot be told apart.
+        ModelError: a folder cannot be read.
+    """
+    scores = head_distance_scores(base_dir, task_dir, representation, metric, tau)
+    extra = {
+        "representation": representation,
+        "metric": metric,
+        "tau": tau,
+        "task_fingerprint": fingerprint(task_dir),
+    }
+    return select_heads(base_dir, scores, ratio, OtherWeights(others, o_proj), rounding, extra)
+
+
+def select_heads(
+    base_dir: str | Path,
+    scores: Mapping[str, Tensor],
+    ratio: float,
+    other_weights: OtherWeights = OtherWeights(),
+    rounding: Rounding = "ceil",
+    extra: Mapping[str, Any] | None = None,
+) -> ParameterMask:
+    """The mask of the heads with the largest scores.
+
+    Args:
+        base_dir: folder of the base model.
+        scores: as `head_distance_scores` gives them.
+        ratio: share of all query heads.
+        other_weights: whether the weights that are no part of a head train.
+        rounding: of the share to a number of heads.
+        extra: for the metadata, which gets the scores themselves as well (`head_scores`).
+
+    Raises:
+        LocalizationError: fewer heads have a score above zero than asked for.
+        MaskError: a ratio outside (0, 1].
+    """
+    model = meta_model(base_dir)
+    heads, cut = top_heads(scores, ratio, rounding)
+    described = {"head_scores": {block: values.tolist() for block, values in scores.items()}}
+    mask = head_set_mask(
+        HeadLayout.from_model(model),
+        heads,
+        model,
+        other_weights,
+        method="head_distance",
+        ratio=ratio,
+        base_fingerprint=fingerprint(base_dir),
+        extra=dict(extra or {}) | described | cut,
+    )
+    check_cut(mask, lambda: "as stored; is the task model the base itself, or its copy?")
+    return mask
+
+
+def _distributions(
+    stored: StoredParameters,
+    layout: HeadLayout,
+    block: Block,
+    representation: Representation,
+    tau: float,
+) -> Iterator[Tensor]:
+    """The distribution of each query head of a block in turn, (N,) fp64."""
+
+    def read(projection: Projection, head: int) -> Tensor:  # (head_dim, hidden)
+        start, axis = projection.starts[head], projection.axis
+        rows = stored.read_rows(projection.name, start, layout.head_dim, axis)
+        return (rows if axis == 0 else rows.T).to(torch.float64)
+
+    q, k, v = block
+    for group in range(layout.num_kv_heads):
+        keys, values = read(k, group), read(v, group)
+        first = group * layout.heads_per_group
+        for head in range(first, first + layout.heads_per_group):
+            if representation == "projection":
+                entries = read(q, head).T @ (keys @ values.T)
+            else:
+                entries = torch.cat([read(q, head), keys, values])
+            yield entries.flatten().div_(tau).softmax(0)
+
+
+def _check_settings(representation: str, metric: str, tau: float) -> None:
+    if representation not in get_args(Representation):
+        raise LocalizationError(
+            f"the representation is one of {get_args(Representation)}, not {representation!r}"
+        )
+    if metric not in METRICS:
+        raise LocalizationError(f"the metric is one of {tuple(METRICS)}, not {metric!r}")
+    if not 0 < tau < float("inf"):
+        raise LocalizationError(f"tau is {tau}; it must be a number above 0")
