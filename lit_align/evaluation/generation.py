@@ -26,6 +26,7 @@ def generate(
     num_samples: int = 1,
     batch_size: int = 64,
     seed: int = 0,
+    keys: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[list[str]]:
     """Responses to every prompt: `num_samples` each, in the order of the prompts.
@@ -45,6 +46,7 @@ def generate(
         num_samples: responses a prompt.
         batch_size: responses generated at a time.
         seed: of the draws.
+        keys: one for each prompt, on which its draws depend in place of its place in the list.
         progress: show a bar that counts responses.
 
     Raises:
@@ -60,13 +62,16 @@ def generate(
     work = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(draws)]
     work.sort(key=lambda item: -len(encoded[item[0]]))
     stop_ids = _stop_ids(model, tokenizer)
+    names = range(len(prompts)) if keys is None else keys
     responses: dict[tuple[int, int], str] = {}
     bar = tqdm(total=len(work), desc="generating", unit="response", disable=not progress)
     with evaluating(model), bar:
         reader = PromptReader(model, encoded, int(tokenizer.pad_token_id or 0))
         for start in range(0, len(work), batch_size):
             items = work[start : start + batch_size]
-            uniform = torch.stack([uniform_numbers(seed, *x, max_new_tokens) for x in items])
+            uniform = torch.stack(
+                [uniform_numbers(seed, names[p], sample, max_new_tokens) for p, sample in items]
+            )
             batch = _Batch(reader, encoded, items, stop_ids)
             for row, ids in batch.run(uniform, temperature, top_p):
                 responses[items[row]] = str(tokenizer.decode(ids, skip_special_tokens=True))

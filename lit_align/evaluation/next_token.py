@@ -10,7 +10,7 @@ from torch import Tensor
 NUCLEUS_WIDTH = 256  # sorting a whole vocabulary at every step would cost as much as the model
 
 
-def uniform_numbers(seed: int, prompt: int, sample: int, count: int) -> Tensor:
+def uniform_numbers(seed: int, prompt: int | str, sample: int, count: int) -> Tensor:
     """(count,) fp32 in [0, 1): the draws of one sample, whatever batch it is generated in."""
     key = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
