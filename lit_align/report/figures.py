@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ CHUNK = 1 << 22  # elements; keeps the working memory at some tens of MB
 OUTSIDE = "none"
 
 Points = tuple[Sequence[float], Sequence[float]]
+Scale = Literal["share", "selected", "rank", "score", "jaccard"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between edges on a log axis, with the threshold that selects from the right."""
+    """Counts between edges, with the threshold that selects from the right."""
 
     title: str
     x_label: str
@@ -41,13 +42,18 @@ class Histogram:
     counts: tuple[int, ...]
     threshold: float | None = None
     caption: str = ""
+    y_label: str = "entries"
+    log_x: bool = True
+    log_y: bool = False
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares in [0, 1] by row and column; None where there is no such cell.
+    """Numbers by row and column; None where there is no such cell.
 
-    `top` is the share from which on cells have the strongest colour.
+    What the numbers are, `scale` says: `share` in [0, 1], of which `top` and more have the
+    strongest colour; `selected` 1 or 0; `rank` 1 (the strongest), 2, ...; `score` any number;
+    `jaccard` in [0, 1], written into the cells.
     """
 
     title: str
@@ -58,6 +64,8 @@ class HeatMap:
     caption: str = ""
     x_label: str = "block"
     value_label: str = "share selected"
+    y_label: str = ""
+    scale: Scale = "share"
 
 
 def density_heat_map(title: str, parameters: Sequence[Mapping[str, Any]]) -> HeatMap:

@@ -1,0 +1,193 @@
+"""The pictures of masks: block × module, layer × head, Jaccard matrix, densities of the rows.
+
+Every function returns plain numbers (`HeatMap`, `Histogram`) for `write_report` and `drawing`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lit_align.errors import MaskError
+from lit_align.masks import HeadLayout, ParameterMask
+from lit_align.masks.compare import Comparison
+from lit_align.masks.membership import head_shares, linear_weight_names, required, row_densities
+from lit_align.masks.select import ceil_share
+from lit_align.masks.table import split_name
+from lit_align.report.figures import OUTSIDE, HeatMap, Histogram, density_heat_map
+
+DENSITY_BINS = 40
+NO_LAYER = "Grey: no such layer. Column none: outside the blocks."
+
+
+def layer_figure(
+    scores_or_mask: ParameterMask | Mapping[str, float],
+    title: str = "Layers",
+    *,
+    ratio: float | None = None,
+) -> HeatMap:
+    """Block × module, the form of ILA's figure 1: blocks on x, modules on y.
+
+    Args:
+        scores_or_mask: scores of linear layers by the names of their weights, or a mask. A mask of
+            whole layers is drawn as selected or not, any other as densities of all parameters.
+        title: what it shows.
+        ratio: of scores: draw the ceil(ratio · layers) largest as selected; None: draw the ranks.
+
+    Raises:
+        MaskError: there are no scores, or one is not a finite number.
+    """
+    if isinstance(scores_or_mask, ParameterMask):
+        cells = _whole_layers(scores_or_mask)
+        if cells is None:
+            return density_heat_map(title, scores_or_mask.table())
+        return _block_by_module(title, cells, scale="selected", caption=NO_LAYER)
+    ranks = _ranks(scores_or_mask)
+    if ratio is None:
+        return _block_by_module(
+            title, ranks, scale="rank", value_label="rank (1: largest score)", caption=NO_LAYER
+        )
+    k = ceil_share(ratio, len(ranks))
+    chosen = {name: float(rank <= k) for name, rank in ranks.items()}
+    caption = f"Selected: the {k} layers of {len(ranks)} with the largest scores. {NO_LAYER}"
+    return _block_by_module(title, chosen, scale="selected", caption=caption)
+
+
+def head_figure(
+    scores_or_mask: ParameterMask | Mapping[Any, Any],
+    heads: HeadLayout | None = None,
+    title: str = "Attention heads",
+) -> HeatMap:
+    """Layer × head: scores by block, or what a mask selects of every query head.
+
+    Args:
+        scores_or_mask: block -> (num_heads,) scores, or a mask.
+        heads: of a mask: where the heads lie.
+        title: what it shows.
+
+    Raises:
+        MaskError: a mask without a layout or of another model; no scores.
+    """
+    if not isinstance(scores_or_mask, ParameterMask):
+        rows = {str(block): tuple(map(float, row)) for block, row in scores_or_mask.items()}
+        return _layer_by_head(title, rows, scale="score", value_label="score")
+    layout = required(heads)
+    shares = head_shares(scores_or_mask, layout)
+    numbers = [layout.block_number(i) for i in range(len(layout.blocks))]
+    names = numbers if len(set(numbers)) == len(numbers) else range(len(numbers))
+    rows = {str(n): tuple(map(float, row)) for n, row in zip(names, shares.values(), strict=True)}
+    if all(value in (0.0, 1.0) for row in rows.values() for value in row):
+        return _layer_by_head(title, rows, scale="selected", value_label="selected")
+    caption = "The least of the shares of a head's q, k and v entries."
+    top = max(value for row in rows.values() for value in row)
+    return _layer_by_head(title, rows, top=top, value_label="share selected", caption=caption)
+
+
+def jaccard_figure(comparison: Comparison, title: str = "") -> HeatMap:
+    """The Jaccard matrix of some masks; the caption says what random rankings would give."""
+    expected = [value for row in comparison.random for value in row if value is not None]
+    chance = ""
+    if expected:
+        low, high = min(expected), max(expected)
+        chance = f" Random sets of these sizes: {low:.3f}"
+        chance += "." if high - low < 5e-4 else f" to {high:.3f}."
+    return HeatMap(
+        title or f"Jaccard index, by {comparison.level}",
+        comparison.names,
+        comparison.names,
+        comparison.jaccard,
+        scale="jaccard",
+        x_label="",
+        value_label="Jaccard index",
+        caption=f"Over {comparison.units:,} {comparison.level}s.{chance}",
+    )
+
+
+def density_figure(mask: ParameterMask, title: str = "Density of the rows") -> Histogram:
+    """How the selected share spreads over the rows of all weights."""
+    edges = np.linspace(0, 1, DENSITY_BINS + 1)
+    counts = np.zeros(DENSITY_BINS, np.int64)
+    for densities in row_densities(mask):
+        counts += np.histogram(densities, edges)[0]
+    return Histogram(
+        title,
+        "share of a row that is selected",
+        tuple(edges.tolist()),
+        tuple(counts.tolist()),
+        caption=f"{counts.sum():,} rows of the weights with two dimensions or more; the whole "
+        f"mask selects {mask.density():.2%}. The axis of the counts is logarithmic above 1.",
+        y_label="rows",
+        log_x=False,
+        log_y=True,
+    )
+
+
+def mask_figures(
+    mask: ParameterMask, heads: HeadLayout | None = None, title: str = ""
+) -> list[HeatMap | Histogram]:
+    """Every picture of one mask: block × module, layer × head where heads are given, densities.
+
+    `title` is put before the name of each picture.
+    """
+    before = f"{title}: " if title else ""
+    figures: list[HeatMap | Histogram] = [layer_figure(mask, f"{before}layers")]
+    if heads is not None:
+        figures.append(head_figure(mask, heads, f"{before}attention heads"))
+    figures.append(density_figure(mask, f"{before}density of the rows"))
+    return figures
+
+
+def _whole_layers(mask: ParameterMask) -> dict[str, float] | None:
+    """Linear layer -> 1 or 0; None where the mask selects anything but whole linear layers."""
+    names = linear_weight_names(mask)
+    layers = {name: mask.selections[name].kind for name in names}
+    others = [s for name, s in mask.selections.items() if name not in layers]
+    if any(kind not in ("all", "none") for kind in layers.values()) or any(
+        s.kind != "none" for s in others
+    ):
+        return None
+    return {name: float(kind == "all") for name, kind in layers.items()}
+
+
+def _ranks(scores: Mapping[str, float]) -> dict[str, float]:
+    """Layer -> 1 for the largest score, 2, ...; equals in the order of the mapping."""
+    if not scores:
+        raise MaskError("there are no scores to draw")
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise MaskError(f"the score of {name!r} is {score}")
+    ordered = sorted(scores, key=lambda name: -scores[name])
+    place = {name: float(i + 1) for i, name in enumerate(ordered)}
+    return {name: place[name] for name in scores}
+
+
+def _block_by_module(title: str, layers: Mapping[str, float], **more: Any) -> HeatMap:
+    cells = {split_name(name): value for name, value in layers.items()}
+    blocks = sorted({block for block, _ in cells}, key=lambda b: math.inf if b is None else b)
+    modules = list(dict.fromkeys(m for block, m in cells if block is not None))
+    modules += [m for block, m in cells if block is None]
+    return HeatMap(
+        title,
+        tuple(modules),
+        tuple(OUTSIDE if block is None else str(block) for block in blocks),
+        tuple(tuple(cells.get((block, m)) for block in blocks) for m in modules),
+        **more,
+    )
+
+
+def _layer_by_head(title: str, rows: Mapping[str, tuple[float, ...]], **more: Any) -> HeatMap:
+    if not rows:
+        raise MaskError("there are no heads to draw")
+    width = max(map(len, rows.values()))
+    return HeatMap(
+        title,
+        tuple(rows),
+        tuple(str(head) for head in range(width)),
+        tuple(row + (None,) * (width - len(row)) for row in rows.values()),
+        x_label="query head",
+        y_label="block",
+        **more,
+    )

@@ -1,0 +1,19 @@
+"""Names in pictures, as they are: matplotlib would read formulas in them, or fail to write them."""
+
+MAX_LABEL = 60
+
+
+def literal(text: str) -> str:
+    r"""A text on one line that matplotlib draws letter by letter.
+
+    Dollar signs begin no formula, what cannot be printed (line breaks, lone surrogates, control
+    characters) becomes a space, and the middle of a long text is left out.
+
+    >>> literal("cost $x$"), literal("a" * 70)[25:35]
+    ('cost \\$x\\$', 'aaa...aaaa')
+    """
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    if len(printable) > MAX_LABEL:
+        half = (MAX_LABEL - 3) // 2
+        printable = f"{printable[:half]}...{printable[-half:]}"
+    return printable.replace("$", r"\$")
