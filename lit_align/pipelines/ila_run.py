@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from lit_align.callbacks.milestones import milestone_name
 from lit_align.errors import PipelineError
 from lit_align.language_model import resolve_model
 from lit_align.pipelines.ila_settings import (
@@ -62,6 +63,8 @@ class ILARun:
     machine: RunSettings
 
     def __post_init__(self) -> None:
+        if not self.data.train_files:
+            raise PipelineError("data.train_files is empty: name at least one file")
         given = self.stage1.change
         if not (self.stage1.enabled or self.use.scores or self.use.transfer):
             raise PipelineError(
@@ -139,7 +142,7 @@ class ILARun:
     def asked(self) -> tuple[str, ...]:
         """The milestones of each data set that are ranked, by name, the last one last."""
         shares = self.stage2.milestones or self.milestones[-1:]
-        return tuple(percent(share) for share in sorted(shares)) or (LAST,)
+        return tuple(milestone_name(share) for share in sorted(shares)) or (LAST,)
 
     def found(self) -> dict[str, list[Ranking]]:
         """Data set → its rankings, by milestone, the last one last."""
@@ -158,14 +161,15 @@ class ILARun:
         given = _named(self.use.scores, taken=last)
         return last | {name: Ranking(name, Path(file)) for name, file in given.items()}
 
+    def every_ranking(self) -> list[Ranking]:
+        """All of them: of every milestone, and those found before."""
+        found = [ranking for rankings in self.found().values() for ranking in rankings]
+        return [*found, *(r for r in self.rankings().values() if r.stage is None)]
 
-def percent(share: float) -> str:
-    """A share as part of a stage's name.
-
-    >>> percent(0.25), percent(0.125), percent(1.0)
-    ('25', '12_5', '100')
-    """
-    return f"{100 * share:.6g}".replace(".", "_")
+    def tune_folders(self, variant: str) -> list[Path]:
+        """The folders of a variant's trainings, by seed."""
+        seeds = range(self.machine.seed, self.machine.seed + self.use.seeds)
+        return [self.output / f"tune_{variant}_{seed}" for seed in seeds]
 
 
 def _named(files: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:

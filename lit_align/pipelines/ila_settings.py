@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, Literal, TypeAlias
 
 from lit_align.compact.adapters import AdapterSettings
 from lit_align.errors import PipelineError
+from lit_align.modules.ila_mask_learning import ScoreOptimizer
 from lit_align.pipelines.setting_checks import (
     COUNT,
     NOT_NEGATIVE,
@@ -28,6 +30,8 @@ RISING = Rule(
     lambda x: len(x) > 0 and RATIOS.holds(x) and list(x) == sorted(set(x)),
     "shares in (0, 1] that rise",
 )
+FINITE = Rule(math.isfinite, "a finite number")
+BUDGET = Rule(lambda x: x is None or RATIO.holds(x), "in (0, 1]")
 DISTINCT = Rule(lambda x: len(set(x)) == len(x), "given once each")
 
 
@@ -49,8 +53,6 @@ class ILADataSettings(TuneData):
         """Check the values."""
         super().__post_init__()
         check("data", self, train_files=DISTINCT, search_files=DISTINCT)
-        if not self.train_files:
-            raise PipelineError("data.train_files is empty: name at least one file")
         if not self.validation_files and not self.validation_fraction:
             raise PipelineError(
                 "variants are compared by validation loss: give data.validation_files, or a "
@@ -115,8 +117,8 @@ class Stage1Settings(AdapterTrainSettings):
         method: `lora` on every linear layer and the head, or `full`.
         until: stop when the training is ε-stable (`stable`), or train on to the end and keep the
             change at each milestone (`milestones`).
-        epsilon: the largest change of the mean training loss between two windows, in nats.
-        window: steps of the mean.
+        epsilon: ε of `stable`: the largest change of the mean training loss a step, in nats.
+        window: steps of that mean; it takes three windows to see that a training is stable.
         milestones: shares of the steps at which the change is kept.
         change: folders of changes made before (adapters, a delta or a fine-tuned model), one for
             each data set, in place of training.
@@ -145,8 +147,9 @@ class Stage2Settings:
     Attributes:
         milestones: those of stage 1 to rank at; none: the last.
         initial_score: s_0 of every layer; its gate is σ(s_0).
-        batches: so many steps of one batch.
+        batches: so many steps of one batch, over the rows as often as that takes.
         batch_size: rows of a batch.
+        optimizer: of the scores: `gradient_descent` (the paper's) or `adamw`.
         learning_rate: of the scores.
         budget: H, as a share of the layers, that ‖γ‖ is held below by a penalty; none: no penalty.
         budget_weight: of the penalty.
@@ -158,7 +161,8 @@ class Stage2Settings:
     initial_score: float = 4.0
     batches: int = 128
     batch_size: int = 8
-    learning_rate: float = 1.0
+    optimizer: ScoreOptimizer = "gradient_descent"
+    learning_rate: float = 30.0
     budget: float | None = None
     budget_weight: float = 1.0
 
@@ -170,7 +174,9 @@ class Stage2Settings:
             milestones=DISTINCT,
             batches=COUNT,
             batch_size=COUNT,
+            initial_score=FINITE,
             learning_rate=POSITIVE,
+            budget=BUDGET,
             budget_weight=NOT_NEGATIVE,
         )
 

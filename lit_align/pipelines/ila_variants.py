@@ -7,9 +7,10 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lit_align.callbacks.milestones import milestone_name
 from lit_align.localizers.layer_gate import layer_gate_mask
 from lit_align.masks import ParameterMask
-from lit_align.pipelines.ila_run import TRANSFERRED, ILARun, percent
+from lit_align.pipelines.ila_run import TRANSFERRED, ILARun
 from lit_align.pipelines.ila_settings import Method
 
 # Orders of the layers to compare with; a ranking cannot be called so.
@@ -83,18 +84,20 @@ def _of_rankings(run: ILARun) -> Iterator[Choice]:
         yield from _of_ranking(run, name, f"{name}_", f"{name}: ")
     for share in run.use.freeze if len(names) > 1 else ():
         label = f"frozen: the lowest {100 * share:g} % of all {len(names)} rankings"
-        yield Choice(f"shared_freeze_{percent(share)}", label, run.use.method, tuple(names),
+        yield Choice(f"shared_freeze_{milestone_name(share)}", label, run.use.method, tuple(names),
                      trained(share))  # fmt: skip
 
 
 def _of_ranking(run: ILARun, ranking: str, prefix: str, words: str) -> Iterator[Choice]:
     for share in run.use.freeze:
         label = f"{words}lowest {100 * share:g} % frozen"
-        name = f"{prefix}freeze_{percent(share)}"
+        name = f"{prefix}freeze_{milestone_name(share)}"
         yield Choice(name, label, run.use.method, (ranking,), trained(share))
     for share in run.use.top:
         label = f"{words}top {100 * share:g} %"
-        yield Choice(f"{prefix}top_{percent(share)}", label, run.use.method, (ranking,), share)
+        yield Choice(
+            f"{prefix}top_{milestone_name(share)}", label, run.use.method, (ranking,), share
+        )
 
 
 def _baselines_of_shares(run: ILARun) -> Iterator[Choice]:
@@ -102,7 +105,7 @@ def _baselines_of_shares(run: ILARun) -> Iterator[Choice]:
     orders = [o for name, given in wanted.items() if name in run.use.baselines for o in given]
     for share in run.use.baseline_freeze:
         for order in orders:
-            name = f"{order[1:]}_freeze_{percent(share)}"
+            name = f"{order[1:]}_freeze_{milestone_name(share)}"
             label = f"{order[1:].replace('_', ' ')} {100 * share:g} % frozen"
             yield Choice(name, label, run.use.method, (order,), trained(share))
 
