@@ -1,6 +1,8 @@
-"""Callbacks: key parameters, predictions."""
+"""Callbacks: key parameters, milestones, stability, predictions."""
 
 from lit_align.callbacks.key_parameters import KeyParameterLocalization
+from lit_align.callbacks.milestones import KeepMilestones
 from lit_align.callbacks.prediction import LogpsWriter
+from lit_align.callbacks.stability import StopWhenStable
 
-__all__ = ["KeyParameterLocalization", "LogpsWriter"]
+__all__ = ["KeepMilestones", "KeyParameterLocalization", "LogpsWriter", "StopWhenStable"]

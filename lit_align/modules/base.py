@@ -18,7 +18,8 @@ from lit_align.compact import (
     reference_policy,
     restrict,
 )
-from lit_align.compact.adapters import AdapterSettings, add_adapters
+from lit_align.compact.adapters import AdapterSettings, add_adapters, has_adapters
+from lit_align.compact.rank_allocation import allocates_ranks, orthogonality
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
@@ -175,10 +176,11 @@ class LanguageModelModule(OptimizedModule):
         h: Any = self.hparams
         precision = self.trainer.precision
         dtype = DTYPES.get(str(precision), torch.float32)
-        if h.stochastic_rounding and dtype == torch.float32:
+        if h.stochastic_rounding and (dtype == torch.float32 or self.adapter is not None):
+            trained = "fp32 adapters" if self.adapter else f"weights in {precision}"
             raise TrainingError(
-                f"stochastic_rounding trains 16-bit weights, trainer.precision is {precision}: "
-                "set bf16-true or 16-true"
+                f"stochastic_rounding trains 16-bit weights, and this run {trained}: set "
+                "trainer.precision bf16-true or 16-true, without an adapter"
             )
         self.language_model, self.tokenizer = load_language_model(
             h.model,
@@ -195,11 +197,9 @@ class LanguageModelModule(OptimizedModule):
         if self.uses_reference and h.reference == "cache":
             self._attach_reference_logps()
         _disable_dropout(self.model)  # the base's: adapters bring their own
-        if self.adapter is None:
-            self._restrict(dtype)
-        else:
-            add_adapters(self.model, self.adapter, self.mask)
-            self.mask = None  # it said where adapters go
+        self._restrict(dtype)
+        if self.adapter is not None and not has_adapters(self.model):
+            raise TrainingError(f"{type(self).__name__} takes no adapter: leave it out")
         if h.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
@@ -207,8 +207,12 @@ class LanguageModelModule(OptimizedModule):
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
 
     def _restrict(self, dtype: torch.dtype) -> None:
-        """Train the mask's entries alone, or everything."""
+        """Train adapters, the mask's entries, or everything."""
         h: Any = self.hparams
+        if self.adapter is not None:
+            add_adapters(self.model, self.adapter, self.mask)
+            self.mask = None  # it said where adapters go
+            return
         # Base values of a mask's entries are few; rows that come only after training need them.
         keep_base = self.uses_reference and (self.mask is not None or h.reference == "swap")
         if self.mask is None and dtype != torch.float32:
@@ -278,14 +282,19 @@ class LanguageModelModule(OptimizedModule):
         else:
             objective, reported = self._objective(batch, reference), {}
         self._take_note(objective, reported, batch)
+        loss_sum = objective.loss_sum
+        if allocates_ranks(self.model):  # the step divides by the units
+            loss_sum = loss_sum + objective.units * orthogonality(self.model)
         # Lightning divides by the number of micro-batches and averages over ranks: both undone.
-        return objective.loss_sum * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return loss_sum * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     @torch.compiler.disable  # Dynamo cannot follow Lightning's `log`
     def _take_note(self, objective: Objective, reported: Reported, batch: PackedBatch) -> None:
         """Check the loss, count the window's units, report."""
         self._check_finite(objective.loss_sum, batch)
-        self.units = self.units.to(objective.units.device) + objective.units.detach()
+        device = objective.units.device
+        self.units = self.units.to(device) + objective.units.detach()
+        self.loss_sum = self.loss_sum.to(device) + objective.loss_sum.detach()
         self.log_of("train").update(objective.reported | reported)
         self.throughput.add(batch.num_tokens)
         mean = objective.loss_sum.detach() / objective.units.clamp(min=1)

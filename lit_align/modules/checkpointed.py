@@ -13,10 +13,16 @@ from transformers import PreTrainedModel
 
 from lit_align.compact import load_trainable, trainable
 from lit_align.compact.adapters import AdapterSettings, adapter_identity
+from lit_align.compact.rank_allocation import (
+    allocates_ranks,
+    allocation_state,
+    load_allocation_state,
+)
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
 
 CHECKPOINT_KEY = "lit_align"
+RANKS = "rank_allocation"  # in it: what AdaLoRA's has learnt
 PREFIX = "language_model."  # of the model's parameters in a module's state
 
 
@@ -55,6 +61,8 @@ class CheckpointedModule(LoggedModule):
         done = self.throughput
         seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
         checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
+        if allocates_ranks(self.model):
+            checkpoint[CHECKPOINT_KEY][RANKS] = allocation_state(self.model)
         settings = checkpoint.get("hyper_parameters", {})
         if isinstance(settings.get("adapter"), AdapterSettings):  # not with `weights_only`
             settings["adapter"] = dataclasses.asdict(settings["adapter"])
@@ -72,6 +80,8 @@ class CheckpointedModule(LoggedModule):
                     f"the checkpoint has {what} {theirs.get(what)}, this run {value}: it belongs "
                     "to another run"
                 )
+        if allocates_ranks(self.model):
+            load_allocation_state(self.model, theirs[RANKS])
         self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
         self.logged_step = int(checkpoint["global_step"])
 

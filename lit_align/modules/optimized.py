@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from lit_align.compact import trainable
+from lit_align.compact.rank_allocation import allocate_ranks, allocates_ranks, plan_ranks
 from lit_align.errors import TrainingError
 from lit_align.modules.checkpointed import CheckpointedModule
 from lit_align.optim import MaskedAdamW
@@ -24,41 +25,56 @@ class OptimizedModule(CheckpointedModule):
     """Steps with MaskedAdamW (or another optimiser) over what trains.
 
     The loss is a sum over units (pairs, responses, tokens). `units` counts those of the window that
-    is being accumulated; the step divides by their number on all ranks.
+    is being accumulated, `loss_sum` adds up their loss; the step divides by their number on all
+    ranks.
+
+    Attributes:
+        step_loss: () fp32, the mean loss a unit over the last step's window and all ranks.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.units = torch.zeros(())
+        self.loss_sum = torch.zeros(())
+        self.step_loss = torch.tensor(torch.nan)
         self._gradient_norm = torch.zeros(())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide by the units of the whole window on all ranks, before gradients are clipped.
 
         MaskedAdamW gets the factor, and clipping's, as a scalar on the device: neither is a pass
-        over the gradients, which stay sums until the step.
+        over the gradients, which stay sums until the step. (AdaLoRA scores by the mean's.)
         """
-        units = self.units
+        totals = torch.stack([self.units.float(), self.loss_sum.to(self.units.device).float()])
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(units)
+            torch.distributed.all_reduce(totals)
+        units = totals[0].where(totals[0] > 0, 1.0)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        scale = (1.0 / units.where(units > 0, 1.0)).to(grads[0].device, torch.float32)
-        self.units = torch.zeros_like(units)
+        scale = (1.0 / units).to(grads[0].device, torch.float32)
+        self.step_loss = totals[1] / units
+        self.units, self.loss_sum = torch.zeros_like(self.units), torch.zeros_like(self.loss_sum)
         norm = _total_norm(grads) * scale
         # Under 16-mixed the scaler itself skips a step whose gradient is not finite.
         if not norm.isfinite() and self.trainer.precision != "16-mixed":
             raise TrainingError(self._describe_bad_gradient())
         self.log_of("train").update({"grad_norm": (norm, torch.ones_like(norm))})
         self._gradient_norm = norm
-        if isinstance(optimizer, MaskedAdamW):
+        if isinstance(optimizer, MaskedAdamW) and not allocates_ranks(self.model):
             optimizer.grad_scale = scale
-        elif self.hparams["stochastic_rounding"]:
+        elif self.hparams["stochastic_rounding"] and not isinstance(optimizer, MaskedAdamW):
             raise TrainingError(
                 f"stochastic_rounding is MaskedAdamW's; {type(optimizer).__name__} would lose most "
                 "updates of 16-bit weights: leave configure_optimizers as it is, or keep masters"
             )
         else:
             torch._foreach_mul_(grads, scale)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any) -> None:
+        """Step; AdaLoRA then moves its ranks, while the gradients are there."""
+        super().optimizer_step(epoch, batch_idx, optimizer, *args)
+        # (A step that 16-mixed skipped says nothing about the ranks.)
+        if allocates_ranks(self.model) and self._gradient_norm.isfinite():
+            allocate_ranks(self.model, self.global_step + 1)
 
     def configure_gradient_clipping(
         self,
@@ -103,6 +119,8 @@ class OptimizedModule(CheckpointedModule):
             stochastic_rounding=h.stochastic_rounding,
         )
         steps = int(self.trainer.estimated_stepping_batches)
+        if allocates_ranks(self.model):
+            plan_ranks(self.model, steps)
         schedule = get_scheduler(
             h.lr_scheduler,
             optimizer,
