@@ -85,6 +85,7 @@ def _reward_model_stages(run: AlloRun, common: dict[str, Any]) -> list[Stage]:
     inputs: list[Path | str] = ["pairs"]
     if settings.teacher == "model":
         inputs.append(rewards.teacher_folder(run))
+    rewards.check_teacher(run)
     listed = [Stage("corrections", config, inputs, partial(rewards.correct, run))]
     if settings.kind != "edit":
         config = as_config(settings) | common

@@ -12,7 +12,8 @@ from lit_align.language_model import (
 )
 from lit_align.pipelines.allo_run import AlloRun
 from lit_align.pipelines.allo_stages import fine_tune
-from lit_align.pipelines.corrections import Teacher, correct_predictions
+from lit_align.pipelines.corrections import RemoteTeacher, Teacher, correct_predictions
+from lit_align.pipelines.endpoint import Endpoint
 from lit_align.pipelines.predictions import Prediction
 from lit_align.pipelines.reward_model import RewardModel
 from lit_align.pipelines.rewriting import rewriting_rows
@@ -24,10 +25,14 @@ from lit_align.pipelines.rows import (
 from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.token_rewards import weighted_rows
 
+TEACHER_CACHE = "teacher_answers"
+SHOWN_FAILURES = 10
+
 
 def correct(run: AlloRun, folder: Path) -> None:
     """Corrections of the wrong responses."""
-    teacher, settings = None, run.token_rewards
+    settings = run.token_rewards
+    teacher: Teacher | RemoteTeacher | None = None
     if settings.teacher == "model":
         model, tokenizer = run.load(teacher_folder(run))
         teacher = Teacher(
@@ -37,6 +42,9 @@ def correct(run: AlloRun, folder: Path) -> None:
             temperature=settings.teacher_temperature,
             num_samples=settings.teacher_num_samples,
         )
+    elif settings.teacher == "endpoint":
+        tokenizer = load_tokenizer(run.start)
+        teacher = RemoteTeacher(endpoint(run), tokenizer, settings.teacher_num_samples)
     can_judge = run.data.kind != "preference"
     corrections = correct_predictions(
         _wrong(run),
@@ -44,6 +52,8 @@ def correct(run: AlloRun, folder: Path) -> None:
         is_correct=is_right if can_judge else None,
         teacher=teacher,
     )
+    for failure in corrections.failures[:SHOWN_FAILURES]:
+        print(f"row {failure['id']}: {failure['reason']}: {failure['detail']}")
     write_json(folder / "corrections.json", corrections._asdict())
 
 
@@ -95,6 +105,45 @@ def teacher_folder(run: AlloRun) -> Path:
     if run.token_rewards.teacher_model is None:
         raise PipelineError("token_rewards.teacher: model needs token_rewards.teacher_model")
     return resolve_model(run.token_rewards.teacher_model)
+
+
+def endpoint(run: AlloRun) -> Endpoint:
+    """The teacher's endpoint; its answers are kept in the run's folder, outside its stages.
+
+    Raises:
+        PipelineError: no address or model, or no API key where one is asked for.
+    """
+    settings = run.token_rewards
+    found = Endpoint(
+        str(settings.teacher_url),
+        str(settings.teacher_model),
+        run.output / TEACHER_CACHE,
+        key_variable=settings.teacher_key_variable,
+        max_tokens=settings.teacher_max_new_tokens,
+        temperature=settings.teacher_temperature,
+        timeout_seconds=settings.teacher_timeout_seconds,
+        max_retries=settings.teacher_max_retries,
+        concurrency=settings.teacher_concurrency,
+    )
+    found.key()
+    return found
+
+
+def check_teacher(run: AlloRun) -> None:
+    """Find out before hours of training whether the teacher can be asked.
+
+    Raises:
+        PipelineError: an API key is not set, or rewrites cannot be judged.
+    """
+    if run.token_rewards.teacher != "endpoint":
+        return
+    if run.data.kind == "preference":
+        raise PipelineError(
+            "token_rewards.teacher: endpoint needs rewrites that can be judged, and pairs have no "
+            "answer to judge by: use questions, or teacher: gold or column"
+        )
+    if not (run.output / "corrections").is_dir():
+        endpoint(run)
 
 
 def reward_base(run: AlloRun) -> Path:

@@ -14,12 +14,14 @@ from lit_align.data.schema import Message
 from lit_align.errors import DataError, TrainingError
 from lit_align.evaluation import encode_response, generate
 from lit_align.pipelines.edit_distance import align
+from lit_align.pipelines.endpoint import Endpoint, ask
 from lit_align.pipelines.predictions import Prediction
 
-CorrectionSource: TypeAlias = Literal["column", "gold", "model"]
+CorrectionSource: TypeAlias = Literal["column", "gold", "model", "endpoint"]
 # Whether a response is right for a question's row.
 Checker: TypeAlias = Callable[[Mapping[str, Any], str], bool]
 
+NO_CORRECTION = "no correction"
 REWRITE_MARK = "Corrected solution:"
 TEACHER_PROMPT = """\
 Problem:
@@ -55,16 +57,43 @@ class Teacher:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class RemoteTeacher:
+    """A language model behind an endpoint that rewrites.
+
+    Attributes:
+        endpoint: where it is asked.
+        tokenizer: the policy's, in whose tokens edits are counted.
+        num_samples: rewrites a response, of which the right one with the fewest edits is taken.
+    """
+
+    endpoint: Endpoint
+    tokenizer: PreTrainedTokenizerBase
+    num_samples: int = 1
+
+
+TEACHERS = {"model": Teacher, "endpoint": RemoteTeacher}
+
+
 class Corrections(NamedTuple):
     """Corrections of some predictions.
 
     Attributes:
         texts: one for each prediction, in order; None where there is none.
         counts: `predictions`, `accepted`, and how many have none for which reason.
+        failures: `id`, `reason` and `detail` of each answer that an endpoint did not give.
     """
 
     texts: list[str | None]
     counts: dict[str, int]
+    failures: list[dict[str, Any]]
+
+
+class _Candidates(NamedTuple):
+    """Texts that may be corrections of a prediction, and why there are none."""
+
+    texts: list[str]
+    reason: str = NO_CORRECTION
 
 
 def correct_predictions(
@@ -72,7 +101,7 @@ def correct_predictions(
     source: CorrectionSource,
     *,
     is_correct: Checker | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | RemoteTeacher | None = None,
     progress: bool = True,
 ) -> Corrections:
     """A right version of each wrong response, as far as the source has one.
@@ -82,47 +111,50 @@ def correct_predictions(
     - `model`: a teacher is told the problem, the gold solution and the response, names the first
       wrong step, keeps everything before it and rewrites the rest (RLMEC, arXiv 2401.06081); taken
       only if the checker finds the rewritten answer right.
+    - `endpoint`: the same by a remote teacher.
 
     Args:
         predictions: wrong ones.
         source: see above.
         is_correct: (row, response) → whether it is right.
-        teacher: of `model`.
+        teacher: of `model` (a local one) and `endpoint` (a remote one).
         progress: show a bar while the teacher writes.
 
     Raises:
-        TrainingError: an unknown source, or `model` without a teacher or a checker.
+        TrainingError: an unknown source, or a teacher's without the teacher or a checker.
+        PipelineError: the endpoint cannot be used; see `endpoint.ask`.
         DataError: no prediction gets a correction; names the reasons.
     """
-    if source == "model":
-        if teacher is None or is_correct is None:
-            raise TrainingError("corrections by a model need a teacher and a checker")
-        candidates = _rewrites(predictions, teacher, progress)
+    failures: list[dict[str, Any]] = []
+    if source in TEACHERS:
+        if is_correct is None or teacher is None or not isinstance(teacher, TEACHERS[source]):
+            raise TrainingError(f"corrections by {source!r} need its teacher and a checker")
+        candidates, failures = _rewrites(predictions, teacher, progress)
     elif source == "column":
-        candidates = [[str(p.row.get("correction") or "")] for p in predictions]
+        candidates = [_Candidates([str(p.row.get("correction") or "")]) for p in predictions]
     elif source == "gold":
-        candidates, is_correct = [[p.solution] for p in predictions], None
+        candidates, is_correct = [_Candidates([p.solution]) for p in predictions], None
     else:
-        raise TrainingError(f"corrections from {source!r}: column | gold | model")
+        raise TrainingError(f"corrections from {source!r}: column | gold | model | endpoint")
     chosen = [_chosen(*pair, is_correct) for pair in zip(predictions, candidates, strict=True)]
-    if teacher is not None and source == "model":
+    if teacher is not None and source in TEACHERS:
         chosen = [_fewest_edits(p, c, teacher) for p, c in zip(predictions, chosen, strict=True)]
-    return _counted(chosen)
+    return _counted(chosen, failures)
 
 
 def _chosen(
-    prediction: Prediction, candidates: Sequence[str], is_correct: Checker | None
+    prediction: Prediction, candidates: _Candidates, is_correct: Checker | None
 ) -> list[str] | str:
     """The candidates that may be taken, or the reason why there are none."""
-    texts = [prediction.in_place(text) for text in candidates if text.strip()]
+    texts = [prediction.in_place(text) for text in candidates.texts if text.strip()]
     if not texts:
-        return "no correction"
+        return candidates.reason
     right = [text for text in texts if is_correct is None or is_correct(prediction.row, text)]
     return right or "correction is wrong"
 
 
 def _fewest_edits(
-    prediction: Prediction, found: list[str] | str, teacher: Teacher
+    prediction: Prediction, found: list[str] | str, teacher: Teacher | RemoteTeacher
 ) -> list[str] | str:
     """The candidate nearest to the response in tokens; the first of equals."""
     if isinstance(found, str) or len(found) == 1:
@@ -132,14 +164,16 @@ def _fewest_edits(
     return [found[distances.index(min(distances))]]
 
 
-def _counted(chosen: Sequence[list[str] | str]) -> Corrections:
+def _counted(chosen: Sequence[list[str] | str], failures: list[dict[str, Any]]) -> Corrections:
     texts = [None if isinstance(found, str) else found[0] for found in chosen]
     reasons = collections.Counter(found for found in chosen if isinstance(found, str))
     accepted = len(chosen) - reasons.total()
     if chosen and not accepted:
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-        raise DataError(f"no wrong response could be corrected: {why}")
-    return Corrections(texts, {"predictions": len(chosen), "accepted": accepted, **reasons})
+        said = f"; the endpoint said {failures[0]['detail']}" if failures else ""
+        raise DataError(f"no wrong response could be corrected: {why}{said}")
+    counts = {"predictions": len(chosen), "accepted": accepted, **reasons}
+    return Corrections(texts, counts, failures)
 
 
 def teacher_prompt(prediction: Prediction) -> list[Message]:
@@ -159,11 +193,28 @@ def rewritten_solution(reply: str) -> str:
 
 
 def _rewrites(
-    predictions: Sequence[Prediction], teacher: Teacher, progress: bool
-) -> list[list[str]]:
-    """Each prediction's rewrites; none where its text cannot be put before the teacher."""
-    encoder = TextEncoder(teacher.tokenizer)
+    predictions: Sequence[Prediction], teacher: Teacher | RemoteTeacher, progress: bool
+) -> tuple[list[_Candidates], list[dict[str, Any]]]:
+    """Each prediction's rewrites, and which answers an endpoint did not give."""
     prompts = [teacher_prompt(prediction) for prediction in predictions]
+    if isinstance(teacher, Teacher):
+        return _local_rewrites(prompts, teacher, progress), []
+    replies = ask(teacher.endpoint, prompts, teacher.num_samples, progress=progress)
+    rewrites, failures = [], []
+    for prediction, answers in zip(predictions, replies, strict=True):
+        texts = [rewritten_solution(answer.text) for answer in answers if answer.text is not None]
+        lacking = [answer for answer in answers if answer.text is None]
+        row_id = prediction.row.get("id")
+        failures += [{"id": row_id, "reason": x.reason, "detail": x.detail} for x in lacking]
+        rewrites.append(_Candidates(texts, lacking[0].reason if lacking else NO_CORRECTION))
+    return rewrites, failures
+
+
+def _local_rewrites(
+    prompts: Sequence[list[Message]], teacher: Teacher, progress: bool
+) -> list[_Candidates]:
+    """Rewrites by a local model; none where a text cannot be put before it."""
+    encoder = TextEncoder(teacher.tokenizer)
     askable = [i for i, prompt in enumerate(prompts) if not encoder.special_tokens_in(prompt)]
     replies = generate(
         teacher.model,
@@ -176,7 +227,7 @@ def _rewrites(
         seed=teacher.seed,
         progress=progress,
     )
-    rewrites: list[list[str]] = [[] for _ in predictions]
+    rewrites = [_Candidates([]) for _ in prompts]
     for i, samples in zip(askable, replies, strict=True):
-        rewrites[i] = [rewritten_solution(reply) for reply in samples]
+        rewrites[i] = _Candidates([rewritten_solution(reply) for reply in samples])
     return rewrites

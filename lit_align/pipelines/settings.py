@@ -12,6 +12,7 @@ from lit_align.errors import PipelineError
 from lit_align.losses import DPOLossType
 from lit_align.losses.token_filter import FilterSide
 from lit_align.masks.select import Granularity, Scope
+from lit_align.pipelines.endpoint_request import check_url
 from lit_align.pipelines.setting_checks import (
     BETAS,
     COUNT,
@@ -234,8 +235,17 @@ class TokenRewardSettings(TrainSettings):
         kind: `binary`, `soft` or `raw` from a reward model, or `edit` without one.
         threshold: of `binary`: weight 1 where the token's probability is below it.
         teacher: where corrections come from: the rows' right response (`gold`), their `correction`
-            column (`column`), or a local model (`model`).
-        teacher_model: for `teacher: model`.
+            column (`column`), a local model (`model`), or one behind an OpenAI-compatible endpoint
+            (`endpoint`), which gets the problems, solutions and responses as messages.
+        teacher_model: for `teacher: model`: folder, hub id or alias; for `endpoint`: its name
+            there.
+        teacher_url: for `endpoint`: its base address, such as http://localhost:8000/v1.
+        teacher_key_variable: for `endpoint`: environment variable that holds the API key; none: no
+            key is sent.
+        teacher_timeout_seconds: for `endpoint`: to wait for the next bytes of a reply.
+        teacher_max_retries: for `endpoint`: of a request that gets no answer (429, 5xx, no
+            connection).
+        teacher_concurrency: for `endpoint`: requests under way at once.
         teacher_max_new_tokens: of one of its rewrites.
         teacher_temperature: of its draws; 0: greedy.
         teacher_num_samples: rewrites a response, of which the right one with the fewest edits is
@@ -248,8 +258,13 @@ class TokenRewardSettings(TrainSettings):
 
     kind: Literal["edit", "binary", "soft", "raw"] = "binary"
     threshold: float = 0.5
-    teacher: Literal["gold", "column", "model"] = "gold"
+    teacher: Literal["gold", "column", "model", "endpoint"] = "gold"
     teacher_model: str | None = None
+    teacher_url: str | None = None
+    teacher_key_variable: str | None = None
+    teacher_timeout_seconds: float = 60.0
+    teacher_max_retries: int = 6
+    teacher_concurrency: int = 4
     teacher_max_new_tokens: int = 256
     teacher_temperature: float = 0.0
     teacher_num_samples: int = 1
@@ -270,7 +285,23 @@ class TokenRewardSettings(TrainSettings):
             teacher_max_new_tokens=COUNT,
             teacher_temperature=NOT_NEGATIVE,
             teacher_num_samples=COUNT,
+            teacher_timeout_seconds=POSITIVE,
+            teacher_max_retries=NOT_NEGATIVE,
+            teacher_concurrency=COUNT,
         )
+        self._check_endpoint()
+
+    def _check_endpoint(self) -> None:
+        if self.teacher != "endpoint":
+            for name in ("teacher_url", "teacher_key_variable"):
+                if getattr(self, name) is not None:
+                    raise PipelineError(f"token_rewards.{name} is for teacher: endpoint alone")
+            return
+        if self.teacher_url is None or self.teacher_model is None:
+            raise PipelineError(
+                "token_rewards.teacher: endpoint needs token_rewards.teacher_url and teacher_model"
+            )
+        check_url(self.teacher_url)
 
 
 @dataclasses.dataclass(frozen=True)
