@@ -2,7 +2,11 @@
 
 from lit_align.localizers.baselines import magnitude_scores, random_scores
 from lit_align.localizers.gradient import gradient_scores
-from lit_align.localizers.head_distance import head_distance_mask, head_distance_scores
+from lit_align.localizers.head_distance import (
+    HeadDistance,
+    head_distance_mask,
+    head_distance_scores,
+)
 from lit_align.localizers.lazy import LazyScores
 from lit_align.localizers.weight_change import (
     check_cut,
@@ -11,6 +15,7 @@ from lit_align.localizers.weight_change import (
 )
 
 __all__ = [
+    "HeadDistance",
     "LazyScores",
     "check_cut",
     "gradient_scores",

@@ -17,6 +17,7 @@ fp32 resolves.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,6 +42,77 @@ from lit_align.masks.head_sets import (
 from lit_align.masks.projections import Block, Projection
 
 Representation = Literal["projection", "qkv"]
+SCORES = "head_scores"  # key in a mask's metadata: block index as text -> scores of its heads
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadDistance:
+    """How heads are scored, and what trains beside those that are chosen.
+
+    Attributes:
+        representation: of a head's weights: `projection` (the paper's) or `qkv` (the public
+            code's).
+        metric: between the two distributions.
+        tau: temperature of the softmax, above 0.
+        rounding: of the share of heads to their number: `ceil` (the paper), `floor` (the public
+            code).
+        others: whether everything outside the attention heads trains.
+        o_proj: whether the attention's output projection does; None: as `others`.
+    """
+
+    representation: Representation = "projection"
+    metric: Metric = "wasserstein"
+    tau: float = 1.0
+    rounding: Rounding = "ceil"
+    others: TrainOrFreeze = "train"
+    o_proj: TrainOrFreeze | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            LocalizationError: names the setting.
+        """
+        _check_settings(self.representation, self.metric, self.tau)
+
+    def scores(self, base_dir: str | Path, task_dir: str | Path) -> dict[str, Tensor]:
+        """See `head_distance_scores`."""
+        return head_distance_scores(base_dir, task_dir, self.representation, self.metric, self.tau)
+
+    def select(
+        self,
+        base_dir: str | Path,
+        task_dir: str | Path,
+        scores: Mapping[str, Tensor],
+        ratio: float,
+    ) -> ParameterMask:
+        """The mask of the heads with the largest scores; its metadata holds all scores.
+
+        Raises:
+            LocalizationError: fewer heads have a score above zero than asked for.
+            MaskError: a ratio outside (0, 1].
+        """
+        model = meta_model(base_dir)
+        heads, cut = top_heads(scores, ratio, self.rounding)
+        described: dict[str, Any] = {
+            "representation": self.representation,
+            "metric": self.metric,
+            "tau": self.tau,
+            "task_fingerprint": fingerprint(task_dir),
+            SCORES: {block: values.tolist() for block, values in scores.items()},
+        }
+        mask = head_set_mask(
+            HeadLayout.from_model(model),
+            heads,
+            model,
+            OtherWeights(self.others, self.o_proj),
+            method="head_distance",
+            ratio=ratio,
+            base_fingerprint=fingerprint(base_dir),
+            extra=described | cut,
+        )
+        check_cut(mask, lambda: f"as stored; is {task_dir} the base itself, or a copy of it?")
+        return mask
 
 
 def head_distance_scores(
@@ -109,65 +181,20 @@ def head_distance_mask(
         base_dir: Hugging Face folder of the base model.
         task_dir: folder of the fine-tuned one.
         ratio: share of all query heads.
-        representation: of a head's weights.
+        representation: see `HeadDistance`, as for the following.
         metric: between the two distributions.
-        tau: temperature of the softmax, above 0.
+        tau: temperature of the softmax.
         others: whether everything outside the attention heads trains.
-        o_proj: whether the attention's output projection does; None: as `others`.
-        rounding: of the share to a number of heads: `ceil` (the paper), `floor` (the public code).
+        o_proj: whether the attention's output projection does.
+        rounding: of the share to a number of heads.
 
     Raises:
         LocalizationError: as `head_distance_scores`; or fewer heads differ than asked for.
         MaskError: a ratio outside (0, 1], or a model whose heads cannot be told apart.
         ModelError: a folder cannot be read.
     """
-    scores = head_distance_scores(base_dir, task_dir, representation, metric, tau)
-    extra = {
-        "representation": representation,
-        "metric": metric,
-        "tau": tau,
-        "task_fingerprint": fingerprint(task_dir),
-    }
-    return select_heads(base_dir, scores, ratio, OtherWeights(others, o_proj), rounding, extra)
-
-
-def select_heads(
-    base_dir: str | Path,
-    scores: Mapping[str, Tensor],
-    ratio: float,
-    other_weights: OtherWeights = OtherWeights(),
-    rounding: Rounding = "ceil",
-    extra: Mapping[str, Any] | None = None,
-) -> ParameterMask:
-    """The mask of the heads with the largest scores.
-
-    Args:
-        base_dir: folder of the base model.
-        scores: as `head_distance_scores` gives them.
-        ratio: share of all query heads.
-        other_weights: whether the weights that are no part of a head train.
-        rounding: of the share to a number of heads.
-        extra: for the metadata, which gets the scores themselves as well (`head_scores`).
-
-    Raises:
-        LocalizationError: fewer heads have a score above zero than asked for.
-        MaskError: a ratio outside (0, 1].
-    """
-    model = meta_model(base_dir)
-    heads, cut = top_heads(scores, ratio, rounding)
-    described = {"head_scores": {block: values.tolist() for block, values in scores.items()}}
-    mask = head_set_mask(
-        HeadLayout.from_model(model),
-        heads,
-        model,
-        other_weights,
-        method="head_distance",
-        ratio=ratio,
-        base_fingerprint=fingerprint(base_dir),
-        extra=dict(extra or {}) | described | cut,
-    )
-    check_cut(mask, lambda: "as stored; is the task model the base itself, or its copy?")
-    return mask
+    settings = HeadDistance(representation, metric, tau, rounding, others, o_proj)
+    return settings.select(base_dir, task_dir, settings.scores(base_dir, task_dir), ratio)
 
 
 def _distributions(
