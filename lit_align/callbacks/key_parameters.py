@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from lit_align.compact import links
 from lit_align.errors import LocalizationError
+from lit_align.language_model import resolve_model
 from lit_align.localizers import (
+    HeadDistance,
     check_cut,
     gradient_scores,
     magnitude_scores,
@@ -30,7 +32,7 @@ from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, named_sh
 from lit_align.masks.select import Granularity, Scope
 
 INPUTS = "inputs_sha256"  # key in a mask's metadata
-Method = Literal["weight_change", "gradient", "random", "magnitude", "layer_gate"]
+Method = Literal["weight_change", "gradient", "random", "magnitude", "layer_gate", "head_distance"]
 
 
 class KeyParameterLocalization(lightning.Callback):
@@ -44,6 +46,8 @@ class KeyParameterLocalization(lightning.Callback):
     - `method: layer_gate` with `scores`: the layers that ILA's gates rank highest, by the file of
       scores; training is restricted to them. Without `scores`, on a fit of `ILAMaskLearning`: the
       mask is written when the gates are learned; nothing is restricted.
+    - `method: head_distance` with `trained`: the attention heads that a fine-tuned model of the
+      same architecture moved furthest (ALPS); of all q, k and v, training is restricted to them.
 
     A computed mask is written to `output`; a file that stands there already and was computed from
     the same model, rows and settings is read instead: so a resumed run goes on with its own mask.
@@ -60,6 +64,8 @@ class KeyParameterLocalization(lightning.Callback):
         mask: str | None = None,
         scores: str | None = None,
         lowest: bool = False,
+        trained: str | None = None,
+        heads: HeadDistance | None = None,
         output: str | None = None,
         also: dict[str, float] | None = None,
         num_batches: int = 8,
@@ -70,11 +76,14 @@ class KeyParameterLocalization(lightning.Callback):
         Args:
             method: how parameters are scored.
             ratio: share of the units to select.
-            granularity: element, row, head or layer; default element, layer for `layer_gate`.
+            granularity: element, row, head or layer; default element, layer for `layer_gate`, head
+                for `head_distance`.
             scope: rank all units together, or inside each parameter.
             mask: file to load.
             scores: for `layer_gate`: file of layer scores.
             lowest: for `layer_gate`: take the layers with the smallest scores.
+            trained: for `head_distance`: the task model, a folder, hub id or alias.
+            heads: for `head_distance`: how heads are compared, and whether other weights train.
             output: file for a computed mask; default `mask.safetensors` in the run's folder.
             also: further masks from the same scores, {file: ratio}: ALLO's N1 beside its N2.
             num_batches: for `gradient`: how many training batches a rank goes through.
@@ -88,11 +97,14 @@ class KeyParameterLocalization(lightning.Callback):
         by_gate = method == "layer_gate"
         if not by_gate and (scores is not None or lowest):
             raise LocalizationError("scores and lowest are settings of the method layer_gate")
-        granularity = granularity or ("layer" if by_gate else "element")
+        by_head = method == "head_distance"
+        _check_head_settings(by_head, trained, heads, granularity, scope)
+        granularity = granularity or ("layer" if by_gate else "head" if by_head else "element")
         if by_gate and granularity != "layer":
             raise LocalizationError(f"layer_gate ranks layers, not granularity {granularity!r}")
         self.method, self.mask, self.output = method, mask, output
         self.scores, self.lowest = scores, lowest
+        self.trained, self.heads = trained, heads or HeadDistance()
         self.selection: dict[str, Any] = {
             "ratio": ratio, "granularity": granularity, "scope": scope,
         }  # fmt: skip
@@ -109,17 +121,17 @@ class KeyParameterLocalization(lightning.Callback):
 
         Raises:
             MaskError: the file is damaged.
-            LocalizationError: there are no scores to select by, or `weight_change` is asked of a
-                run that starts from a delta.
+            LocalizationError: there are no scores to select by, or a comparison with the base is
+                asked of a run that starts from a delta.
         """
         if self.mask is not None:
             return ParameterMask.load(self.mask)
+        if self.method in ("weight_change", "head_distance") and module.hparams.get("delta"):
+            raise LocalizationError(
+                f"{self.method} compares with the base, and this run starts from a delta of it: "
+                "merge the delta and start from that"
+            )
         if self.method == "weight_change":
-            if module.hparams.get("delta"):
-                raise LocalizationError(
-                    "weight_change compares with the base, and this run starts from a delta of it, "
-                    "whose entries would all count as moved: merge the delta and start from that"
-                )
             return None
         if self._learns_gates(module):
             return None
@@ -127,6 +139,8 @@ class KeyParameterLocalization(lightning.Callback):
             return self._mask_of_the_fit(trainer)
         if self.scores is not None:
             return self._layer_mask(read_scores(self.scores), trainer, module.language_model)
+        if self.trained is not None:
+            return self._head_mask(resolve_model(self.trained), trainer, module.language_model)
         inputs = self._inputs(trainer, module)
         if (known := self._known_mask(trainer, inputs)) is not None:
             return known
@@ -163,6 +177,16 @@ class KeyParameterLocalization(lightning.Callback):
         found = mask(self.selection["ratio"])
         self._save(found, self._output(trainer), trainer)
         return found
+
+    def _head_mask(self, task_dir: Path, trainer: Any, model: Any) -> ParameterMask:
+        """Masks of the asked ratio and the further ones, written; from the distance of heads."""
+        scores = self.heads.scores(model.base_dir, task_dir)
+        paths = {Path(path): ratio for path, ratio in self.also.items()}
+        paths[self._output(trainer)] = self.selection["ratio"]
+        for path, ratio in paths.items():
+            mask = self.heads.select(model.base_dir, task_dir, scores, ratio)
+            self._save(mask, path, trainer)
+        return mask
 
     def _mask_of_the_fit(self, trainer: lightning.Trainer) -> ParameterMask | None:
         """What `fit` wrote, for its checkpoint; without a file nothing is restricted.
@@ -254,6 +278,24 @@ class KeyParameterLocalization(lightning.Callback):
         if trainer.is_global_zero:
             mask.save(path)
         rank_zero_info(f"{mask}: {path}")
+
+
+def _check_head_settings(
+    by_head: bool,
+    trained: str | None,
+    heads: HeadDistance | None,
+    granularity: Granularity | None,
+    scope: Scope,
+) -> None:
+    """Check that the settings of `head_distance` are there, and nowhere else."""
+    if not by_head and (trained is not None or heads is not None):
+        raise LocalizationError("trained and heads are settings of the method head_distance")
+    if by_head and trained is None:
+        raise LocalizationError("head_distance compares with a task model: name it in trained")
+    if by_head and (granularity not in (None, "head") or scope != "global"):
+        raise LocalizationError(
+            "head_distance ranks the heads of all blocks together: leave granularity and scope out"
+        )
 
 
 def fp32_parameters(model: nn.Module) -> dict[str, Tensor]:

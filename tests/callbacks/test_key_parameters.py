@@ -8,9 +8,10 @@ from lit_align.callbacks import KeyParameterLocalization, key_parameters
 from lit_align.compact import export_delta, links
 from lit_align.errors import LocalizationError, MaskError
 from lit_align.language_model import load_language_model
-from lit_align.localizers import magnitude_scores
+from lit_align.localizers import HeadDistance, head_distance_scores, magnitude_scores
 from lit_align.masks import ParameterMask, select
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
+from tests.attention_models import save_pair
 from tests.tiny_models import save_tiny_model
 from tests.training_runs import (
     assert_equal_weights,
@@ -208,6 +209,60 @@ def test_weight_change_of_a_bf16_run_is_read_from_the_masters(tmp_path):
     }
     found = ParameterMask.load(tmp_path / "mask.safetensors")
     assert found == select({n: scores[n] for n in found.selections}, 0.1)
+
+
+# ---- head distance -------------------------------------------------------------------------------
+
+
+def test_head_distance_trains_the_chosen_heads_alone(tmp_path):
+    base, task, *_ = save_pair(tmp_path, "gqa")
+    heads = HeadDistance("qkv", "euclidean_distance", others="freeze")
+    also = {str(tmp_path / "more"): 0.5}
+    callback = KeyParameterLocalization(
+        "head_distance", 0.25, trained=str(task), heads=heads, also=also
+    )
+    module = fit(SupervisedFineTuning(str(base), **LEARN), instructions(8), tmp_path, callback)
+    scores = head_distance_scores(base, task, "qkv", "euclidean_distance")
+    assert module.mask == heads.select(base, task, scores, 0.25)
+    assert ParameterMask.load(tmp_path / "mask.safetensors") == module.mask
+    assert ParameterMask.load(tmp_path / "more") == heads.select(base, task, scores, 0.5)
+    before = stored(base)
+    for name, weight in weights(module).items():
+        if name not in before:  # a tied head
+            continue
+        moved = weight != before[name]
+        selected = module.mask.dense(name)
+        assert not moved[~selected].any(), name
+        assert moved[selected].float().mean() > 0.9 or not selected.any(), name
+
+
+def test_heads_of_a_run_with_a_delta_or_of_a_copy_are_refused(tmp_path):
+    base, task, model, _ = save_pair(tmp_path, "gqa")
+    with pytest.raises(LocalizationError, match="above zero"):
+        callback = KeyParameterLocalization("head_distance", trained=str(base))
+        fit(SupervisedFineTuning(str(base)), instructions(4), tmp_path, callback)
+    model.base_fingerprint = load_language_model(base)[0].base_fingerprint
+    everything = ParameterMask.full(model, base_fingerprint=model.base_fingerprint)
+    export_delta(model, tmp_path / "delta", everything)
+    module = SupervisedFineTuning(str(base), delta=str(tmp_path / "delta"))
+    with pytest.raises(LocalizationError, match="starts from a delta"):
+        callback = KeyParameterLocalization("head_distance", trained=str(task))
+        fit(module, instructions(4), tmp_path, callback)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "head_distance"},
+        {"method": "random", "trained": "task"},
+        {"method": "random", "heads": HeadDistance()},
+        {"method": "head_distance", "trained": "task", "granularity": "row"},
+        {"method": "head_distance", "trained": "task", "scope": "per_parameter"},
+    ],
+)
+def test_settings_of_head_distance_go_with_it(given):
+    with pytest.raises(LocalizationError, match="head_distance"):
+        KeyParameterLocalization(**given)
 
 
 # ---- errors --------------------------------------------------------------------------------------
