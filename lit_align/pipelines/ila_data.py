@@ -11,8 +11,9 @@ import numpy as np
 
 from lit_align.data import PreferenceDataModule, SFTDataModule
 from lit_align.data.schema import TokenizedRow
-from lit_align.errors import DataError, ModelError
-from lit_align.language_model import load_language_model, load_tokenizer
+from lit_align.errors import DataError
+from lit_align.language_model import load_language_model
+from lit_align.localizers.same_model import check_same_architecture, check_same_tokenizer
 from lit_align.masks import named_shapes
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.pipelines.ila_run import ILARun
@@ -102,32 +103,16 @@ class Layers:
 
 
 def list_layers(run: ILARun, folder: Path) -> None:
-    """Write down the model's linear layers; check the tokenizers of given changes.
+    """Write down the model's linear layers; check that given changes can be changes of it.
 
     Raises:
-        ModelError: a given change comes with another tokenizer than the model's.
+        LocalizationError: a change comes with another tokenizer, or is a model of another
+            architecture.
     """
-    for change in run.stage1.change if run.stage1.enabled else ():
-        check_tokenizer(run.base, Path(change))
     model: Any = load_language_model(run.base)[0]
+    for change in map(Path, run.stage1.change if run.stage1.enabled else ()):
+        check_same_tokenizer(run.base, change)
+        if (change / "config.json").is_file():
+            check_same_architecture(run.base, model, change)
     layers = Layers(model.base_fingerprint, list(linear_layers(model)), named_shapes(model))
     write_json(folder / LAYERS_FILE, dataclasses.asdict(layers))
-
-
-def check_tokenizer(base: Path, folder: Path) -> None:
-    """Check that the tokenizer beside a change, if there is one, is the base's.
-
-    Raises:
-        ModelError: it has other tokens; names the first ones.
-    """
-    if not any(folder.glob("tokenizer*")):
-        return
-    ours, theirs = (load_tokenizer(f).get_vocab() for f in (base, folder))
-    if ours == theirs:
-        return
-    differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-    raise ModelError(
-        f"the tokenizer in {folder} is not that of {base}: {len(differing)} token(s) differ "
-        f"({', '.join(map(repr, differing[:3]))}); a change belongs to the tokens that it was "
-        "trained on"
-    )

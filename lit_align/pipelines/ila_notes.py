@@ -56,8 +56,8 @@ def _on_stability(stage1: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for dataset, found in stage1.items():
         if found["stable"]:
             yield (
-                f"{dataset}: ε-stable at step {found['steps']} (ε {found['epsilon']:g} a step, windows "
-                f"of {found['window']} steps)."
+                f"{dataset}: ε-stable after {found['steps']} steps (ε = {found['epsilon']:g} a "
+                f"step, windows of {found['window']} steps)."
             )
         else:
             yield (

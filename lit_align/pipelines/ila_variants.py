@@ -101,13 +101,18 @@ def _of_ranking(run: ILARun, ranking: str, prefix: str, words: str) -> Iterator[
 
 
 def _baselines_of_shares(run: ILARun) -> Iterator[Choice]:
-    wanted = {"random": RANDOM, "first": (FIRST,), "last": (LAST,)}
-    orders = [o for name, given in wanted.items() if name in run.use.baselines for o in given]
+    wanted = {
+        RANDOM[0]: ("random", "random 1: "),
+        RANDOM[1]: ("random", "random 2: "),
+        FIRST: ("first", "first "),
+        LAST: ("last", "last "),
+    }
     for share in run.use.baseline_freeze:
-        for order in orders:
-            name = f"{order[1:]}_freeze_{milestone_name(share)}"
-            label = f"{order[1:].replace('_', ' ')} {100 * share:g} % frozen"
-            yield Choice(name, label, run.use.method, (order,), trained(share))
+        for order, (baseline, words) in wanted.items():
+            if baseline in run.use.baselines:
+                name = f"{order[1:]}_freeze_{milestone_name(share)}"
+                label = f"{words}{100 * share:g} % frozen"
+                yield Choice(name, label, run.use.method, (order,), trained(share))
 
 
 def trained(frozen: float) -> float:
