@@ -53,7 +53,7 @@ class HeatMap:
 
     What the numbers are, `scale` says: `share` in [0, 1], of which `top` and more have the
     strongest colour; `selected` 1 or 0; `rank` 1 (the strongest), 2, ...; `score` any number;
-    `jaccard` in [0, 1], written into the cells.
+    `jaccard` in [0, 1], written into the cells, `remarks` below them.
     """
 
     title: str
@@ -66,6 +66,7 @@ class HeatMap:
     value_label: str = "share selected"
     y_label: str = ""
     scale: Scale = "share"
+    remarks: tuple[tuple[str, ...], ...] = ()
 
 
 def density_heat_map(title: str, parameters: Sequence[Mapping[str, Any]]) -> HeatMap:

@@ -14,6 +14,7 @@ ABSENT_CELL, CHOSEN, UNCHOSEN = "#eceff3", "#1d4ed8", "#cbd5e1"
 MAX_COLUMN_LABELS = 40
 LONG_COLUMN_NAME = 4  # letters; longer ones stand upright
 SMALL = 8.5  # pt
+LAST_DARK_INK = 0.6  # of a cell in [0, 1]
 COLOURS = {"share": "YlGnBu", "rank": "YlGnBu_r", "score": "YlGnBu", "jaccard": "YlGnBu"}
 
 
@@ -23,7 +24,7 @@ def size_of_heat_map(figure: HeatMap) -> tuple[float, float]:
     width = min(12.0, max(6.0, 2.8 + cell * len(figure.columns)))
     longest = max((len(literal(name)) for name in figure.columns), default=0)
     names = 0.055 * longest if longest > LONG_COLUMN_NAME else 0.0
-    return width, max(2.2, 1.0 + max(0.25, 0.6 * cell) * len(figure.rows) + names)
+    return width, max(2.2, 1.0 + max(0.25, 0.75 * cell) * len(figure.rows) + names)
 
 
 def paint_heat_map(figure: HeatMap, axes: "Axes") -> None:
@@ -43,7 +44,7 @@ def paint_heat_map(figure: HeatMap, axes: "Axes") -> None:
         _add_legend(axes)
         return
     if figure.scale == "jaccard":
-        _write_numbers(cells, axes)
+        _write_numbers(figure, cells, axes)
     exceeds = bool(np.nanmax(cells, initial=low) > high)
     root: Any = axes.get_figure(root=True)
     bar = root.colorbar(
@@ -95,14 +96,18 @@ def _label_cells(figure: HeatMap, axes: "Axes") -> None:
     axes.set_ylabel(literal(figure.y_label))
 
 
-def _write_numbers(cells: np.ndarray, axes: "Axes") -> None:
+def _write_numbers(figure: HeatMap, cells: np.ndarray, axes: "Axes") -> None:
     for (row, column), value in np.ndenumerate(cells):
-        if not np.isnan(value):
-            ink = "white" if value > 0.6 else "#1f2933"
-            axes.text(
-                column + 0.5, row + 0.5, f"{value:.2f}", color=ink, ha="center", va="center",
-                fontsize=SMALL,
-            )  # fmt: skip
+        if np.isnan(value):
+            continue
+        remark = figure.remarks[row][column] if figure.remarks else ""
+        ink = "white" if value > LAST_DARK_INK else "#1f2933"
+        place: Any = {"ha": "center", "color": ink}
+        middle = row + (0.4 if remark else 0.5)
+        axes.text(column + 0.5, middle, f"{value:.2f}", va="center", fontsize=SMALL, **place)
+        axes.text(
+            column + 0.5, row + 0.72, literal(remark), va="center", fontsize=SMALL - 2, **place
+        )
 
 
 def _add_legend(axes: "Axes") -> None:

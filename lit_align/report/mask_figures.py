@@ -19,7 +19,7 @@ from lit_align.masks.select import ceil_share
 from lit_align.masks.table import split_name
 from lit_align.report.figures import OUTSIDE, HeatMap, Histogram, density_heat_map
 
-DENSITY_BINS = 40
+DENSITY_BINS = 20
 NO_LAYER = "Grey: no such layer. Column none: outside the blocks."
 
 
@@ -87,13 +87,7 @@ def head_figure(
 
 
 def jaccard_figure(comparison: Comparison, title: str = "") -> HeatMap:
-    """The Jaccard matrix of some masks; the caption says what random rankings would give."""
-    expected = [value for row in comparison.random for value in row if value is not None]
-    chance = ""
-    if expected:
-        low, high = min(expected), max(expected)
-        chance = f" Random sets of these sizes: {low:.3f}"
-        chance += "." if high - low < 5e-4 else f" to {high:.3f}."
+    """The Jaccard matrix of some masks; in brackets what random sets of these sizes have."""
     return HeatMap(
         title or f"Jaccard index, by {comparison.level}",
         comparison.names,
@@ -102,7 +96,12 @@ def jaccard_figure(comparison: Comparison, title: str = "") -> HeatMap:
         scale="jaccard",
         x_label="",
         value_label="Jaccard index",
-        caption=f"Over {comparison.units:,} {comparison.level}s.{chance}",
+        caption=f"Over {comparison.units:,} {comparison.level}s. In brackets: what two random sets "
+        "of the same sizes have on average.",
+        remarks=tuple(
+            tuple("" if value is None else f"({value:.2f})" for value in row)
+            for row in comparison.random
+        ),
     )
 
 
