@@ -32,6 +32,12 @@ ALLO: dict[str, list[str]] = {
     "allo_tiny.yaml": [],
     "demo.yaml": [],
 }
+ILA = ["ila.yaml", "ila_tiny.yaml"]
+SMALL_ILA = {
+    "run.accelerator": "cpu", "stage2.batches": 2, "stage1.epochs": 1, "stage1.batch_size": 4,
+    "stage2.batch_size": 4, "use.batch_size": 4, "use.epochs": 1, "use.baselines": "[]",
+    "use.top": "[0.3]", "data.validation_fraction": 0.2,
+}  # fmt: skip
 SMALL = {
     "data.train_rows": 5, "data.held_out_rows": 2, "run.accelerator": "cpu",
     "sft.max_steps": 1, "sample.num_samples": 3, "sample.max_new_tokens": 8,
@@ -60,7 +66,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_config_is_run_here():
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*FIT, *ALLO}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*FIT, *ALLO, *ILA}
 
 
 @pytest.mark.parametrize("name", FIT)
@@ -79,6 +85,15 @@ def test_allo(name, workplace, tiny_llama_dir):
     options += ["--model", str(tiny_llama_dir), "--output", "run"]
     main(["allo", "--config", f"configs/{name}", *options])
     assert set(json.loads(Path("run/results.json").read_text("utf-8"))) >= {"base", "dpo", "allo"}
+
+
+@pytest.mark.parametrize("name", ILA)
+def test_ila(name, workplace, tiny_llama_dir):
+    options = [f"--{setting}={value}" for setting, value in SMALL_ILA.items()]
+    options += ["--model", str(tiny_llama_dir), "--output", "run"]
+    main(["ila", "--config", f"configs/{name}", *options])
+    found = json.loads(Path("run/results.json").read_text("utf-8"))["variants"]
+    assert set(found) == {"top_30", "freeze_25"}
 
 
 def test_commented_ways_of_the_callback_work(workplace, tiny_llama_dir):

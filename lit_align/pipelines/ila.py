@@ -54,10 +54,10 @@ def _search_stages(run: ILARun) -> list[Stage]:
     for dataset, rankings in run.found().items():
         rows = [Path(file) for file in run.search_data(dataset).train_files]
         inputs: list[Path | str] = [run.base, *rows]
-        if run.stage1.change:
-            changed: list[Path | str] = [run.change(dataset, LAST)]
+        changed: list[Path | str] = [f"change_{dataset}"]
+        if dataset not in run.fine_tuned:
+            changed = [run.change(dataset, LAST)]
         else:
-            changed = [f"change_{dataset}"]
             work = partial(stages.find_change, run, dataset)
             listed.append(Stage(f"change_{dataset}", as_config(run.stage1) | machine, inputs, work))
         config = dataclasses.asdict(run.stage2) | machine

@@ -139,6 +139,11 @@ class ILARun:
         folder = self.output / f"change_{dataset}"
         return folder / (CHANGE_FOLDER if milestone == LAST else f"milestones/{milestone}")
 
+    @property
+    def fine_tuned(self) -> tuple[str, ...]:
+        """The data sets that stage 1 trains on."""
+        return tuple(self.datasets) if self.stage1.enabled and not self.stage1.change else ()
+
     def asked(self) -> tuple[str, ...]:
         """The milestones of each data set that are ranked, by name, the last one last."""
         shares = self.stage2.milestones or self.milestones[-1:]

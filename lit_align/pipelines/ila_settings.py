@@ -67,6 +67,7 @@ class AdapterTrainSettings(TrainSettings):
     Attributes:
         learning_rate: peak, of adapters.
         full_learning_rate: peak where whole weights train.
+        max_length: leave it: `data.max_length` is the limit of every training.
         adapter: rank, alpha, dropout, and what AdaLoRA takes; which layers get one, which kind it
             is and whether the weights are quantised is decided elsewhere.
     """
@@ -83,6 +84,8 @@ class AdapterTrainSettings(TrainSettings):
         """Check the values."""
         super().__post_init__()
         check(self.group, self, full_learning_rate=POSITIVE)
+        if self.max_length != TrainSettings.max_length:
+            raise PipelineError(f"set data.max_length in place of {self.group}.max_length")
         decided = AdapterSettings()
         for name in ("kind", "layers", "mask", "quantization"):
             if getattr(self.adapter, name) != getattr(decided, name):

@@ -96,7 +96,7 @@ def choose_layers(run: ILARun, folder: Path) -> None:
         if choice.rankings:
             mask = choice.mask(scores, layers.shapes, layers.base_fingerprint)
             mask.save(folder / f"{choice.name}.safetensors")
-    compared = {"data sets": found} | {
+    compared = {"rankings": found} | {
         f"milestones of {dataset}": {r.name: read_scores(r.file) for r in rankings}
         for dataset, rankings in run.found().items()
     }

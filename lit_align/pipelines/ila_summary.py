@@ -53,7 +53,7 @@ def _read(file: Path) -> Any:
 
 def _stability(run: ILARun) -> Results:
     """What stage 1 says of itself, by data set, where it looked for stability."""
-    files = {dataset: stability_file(run, dataset) for dataset in run.found()}
+    files = {dataset: stability_file(run, dataset) for dataset in run.fine_tuned}
     return {dataset: _read(file) for dataset, file in files.items() if file.is_file()}
 
 
@@ -198,28 +198,31 @@ def _figures(
     results: Results, scores: Mapping[str, LayerScores], share: float
 ) -> list[HeatMap | Histogram]:
     """Ranks of all layers and the top ones, by ranking; then how much the tops overlap."""
+    rankings: dict[str, Mapping[str, float]] = {n: found.layers for n, found in scores.items()}
+    if TRANSFERRED in results:
+        rankings[TRANSFERRED] = results[TRANSFERRED]["scores"]
     figures: list[HeatMap | Histogram] = []
-    for name, found in scores.items():
-        figures.append(layer_figure(found.layers, f"{name}: rank of each layer"))
+    for name, layers in rankings.items():
+        figures.append(layer_figure(layers, f"{name}: rank of each layer"))
         title = f"{name}: the top {100 * share:g} % of the layers"
-        figures.append(layer_figure(found.layers, title, ratio=share))
+        figures.append(layer_figure(layers, title, ratio=share))
     for title, comparison in results["overlap"].items():
         figures.append(jaccard_figure(Comparison(**comparison), f"Jaccard index: {title}"))
     return figures
 
 
 def _curves(run: ILARun) -> list[Curves]:
-    """Loss of every training: of stage 1, of the gates, of the variants."""
-    groups = {
-        "Stage 1": [f"change_{dataset}" for dataset in run.found()],
-        "Stage 2": [r.stage for r in run.every_ranking() if r.stage],
-        "Variants": [f.name for c in choices(run) for f in run.tune_folders(c.name)[:1]],
+    """Loss of every training: of stage 1, of the gates, of the variants (the first seed)."""
+    trainings = {
+        "Stage 1": {dataset: run.output / f"change_{dataset}" for dataset in run.fine_tuned},
+        "Stage 2": {r.name: run.output / r.stage for r in run.every_ranking() if r.stage},
+        "Variants": {c.label: run.tune_folders(c.name)[0] for c in choices(run)},
     }
     drawn = []
-    for title, names in groups.items():
-        logs = {name: run.output / name / "logs" / "metrics.csv" for name in names}
-        found = {n: read_metrics_csv(file) for n, file in logs.items() if file.is_file()}
-        series = {n: points["loss"] for n, points in found.items() if "loss" in points}
+    for title, folders in trainings.items():
+        logs = {name: folder / "logs" / "metrics.csv" for name, folder in folders.items()}
+        found = {name: read_metrics_csv(file) for name, file in logs.items() if file.is_file()}
+        series = {name: points["loss"] for name, points in found.items() if "loss" in points}
         if series:
             drawn.append(Curves(f"{title}: training loss", "loss", series))
     return drawn

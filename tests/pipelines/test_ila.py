@@ -199,11 +199,11 @@ def test_full_dpo_on_two_data_sets_at_two_milestones(tiny_llama_dir, tmp_path):
     trained = found["variants"]["shared_freeze_25"]["trained_parameters"]
     assert trained == sum(shapes[name] for name in tops[0] | tops[1])
     between = found["overlap"]
-    assert list(between) == ["data sets", *(f"milestones of {name}" for name in names)]
+    assert list(between) == ["rankings", *(f"milestones of {name}" for name in names)]
     common = len(tops[0] & tops[1])
-    assert between["data sets"]["jaccard"][0][1] == pytest.approx(common / (24 - common))
+    assert between["rankings"]["jaccard"][0][1] == pytest.approx(common / (24 - common))
     # two random sets of 12 of 15: at least 9 are common, and 4.8/12 · 12 = 9.6 are expected
-    assert between["data sets"]["random"][0][1] == pytest.approx(0.6700, abs=2e-3)
+    assert between["rankings"]["random"][0][1] == pytest.approx(0.6700, abs=2e-3)
     assert scores_of(run, "scores_preference_1").loss == "dpo"
     report = (run / "report.html").read_text("utf-8")
     assert "Random rankings would have 0.67" in report and "milestones of preference_2" in report
