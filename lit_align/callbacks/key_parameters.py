@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_align.compact import links
+from lit_align.compact.gates import weight_shapes
 from lit_align.errors import LocalizationError
 from lit_align.language_model import resolve_model
 from lit_align.localizers import (
@@ -27,8 +29,8 @@ from lit_align.localizers import (
     random_scores,
     weight_change_scores,
 )
-from lit_align.localizers.layer_gate import layer_gate_mask, read_scores
-from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, named_shapes, select
+from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_scores
+from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
 
 INPUTS = "inputs_sha256"  # key in a mask's metadata
@@ -163,29 +165,32 @@ class KeyParameterLocalization(lightning.Callback):
             )
         return learns
 
-    def _layer_mask(self, scores: Any, trainer: Any, model: Any) -> ParameterMask:
-        """Masks of the asked ratio and the further ones, written; from layer scores."""
-        shapes = {n: s for n, s in named_shapes(model).items() if not n.endswith(".score")}
+    def _layer_mask(self, scores: LayerScores, trainer: Any, model: Any) -> ParameterMask:
+        """The layers that ILA's scores rank highest."""
+        shapes = weight_shapes(model)
+        base = getattr(model, "base_fingerprint", None)
 
         def mask(ratio: float) -> ParameterMask:
-            base = getattr(model, "base_fingerprint", None)
             lowest = self.lowest
             return layer_gate_mask(scores, shapes, ratio, lowest=lowest, base_fingerprint=base)
 
-        for path, ratio in self.also.items():
-            self._save(mask(ratio), Path(path), trainer)
-        found = mask(self.selection["ratio"])
-        self._save(found, self._output(trainer), trainer)
-        return found
+        return self._written(mask, trainer)
 
     def _head_mask(self, task_dir: Path, trainer: Any, model: Any) -> ParameterMask:
-        """Masks of the asked ratio and the further ones, written; from the distance of heads."""
+        """The heads that moved furthest."""
         scores = self.heads.scores(model.base_dir, task_dir)
-        paths = {Path(path): ratio for path, ratio in self.also.items()}
-        paths[self._output(trainer)] = self.selection["ratio"]
-        for path, ratio in paths.items():
-            mask = self.heads.select(model.base_dir, task_dir, scores, ratio)
-            self._save(mask, path, trainer)
+        return self._written(
+            lambda ratio: self.heads.select(model.base_dir, task_dir, scores, ratio), trainer
+        )
+
+    def _written(
+        self, mask_of: Callable[[float], ParameterMask], trainer: lightning.Trainer
+    ) -> ParameterMask:
+        """The mask of the asked ratio; it and the further ones are written."""
+        for path, ratio in self.also.items():
+            self._save(mask_of(ratio), Path(path), trainer)
+        mask = mask_of(self.selection["ratio"])
+        self._save(mask, self._output(trainer), trainer)
         return mask
 
     def _mask_of_the_fit(self, trainer: lightning.Trainer) -> ParameterMask | None:
@@ -257,14 +262,13 @@ class KeyParameterLocalization(lightning.Callback):
             "heads": HeadLayout.from_model(model) if by_head else None,
             "base_fingerprint": getattr(model, "base_fingerprint", None),
         }
-        mask = self._checked(select(scores, **settings), trainer)
-        extra = mask.metadata.extra | {INPUTS: inputs}
-        mask = ParameterMask(mask.selections, dataclasses.replace(mask.metadata, extra=extra))
-        for path, ratio in self.also.items():
-            further = self._checked(select(scores, **settings | {"ratio": ratio}), trainer)
-            self._save(further, Path(path), trainer)
-        self._save(mask, self._output(trainer), trainer)
-        return mask
+
+        def mask(ratio: float) -> ParameterMask:
+            found = self._checked(select(scores, **settings | {"ratio": ratio}), trainer)
+            extra = found.metadata.extra | {INPUTS: inputs}
+            return ParameterMask(found.selections, dataclasses.replace(found.metadata, extra=extra))
+
+        return self._written(mask, trainer)
 
     def _checked(self, mask: ParameterMask, trainer: lightning.Trainer) -> ParameterMask:
         if self.method in ("weight_change", "gradient"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_align.compact.delta import Delta, _weight_shapes, export_delta, selected_names
 from lit_align.errors import ModelError
+from lit_align.files import sha256_of_file
+from lit_align.language_model import fingerprint
+from lit_align.localizers.same_model import check_same_architecture, check_same_tokenizer
 from lit_align.localizers.stored import StoredParameters
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers
@@ -18,6 +21,7 @@ from lit_align_kernels.swap_selected import scatter_selected_
 
 DELTA_FILE = "delta.safetensors"
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +88,18 @@ def read_change(folder: str | Path, model: nn.Module) -> Change:
         model: the base, as it was loaded; its weights are read.
 
     Raises:
-        ModelError: the folder holds none of these, or a model of another architecture or shape; or
-            nothing changed.
+        ModelError: the folder holds none of these, its adapters are another model's, or no linear
+            layer changed.
+        LocalizationError: the task model has another architecture, shape or tokenizer.
         DeltaError: the delta is damaged.
         MaskError: the delta belongs to another base.
     """
     folder = Path(folder)
     if (folder / ADAPTER_FILE).is_file():
-        from lit_align.compact.adapters import load_adapters  # they import LowRank
+        from lit_align.compact.adapter_files import load_adapters  # they import LowRank
 
-        return Change(dict(load_adapters(folder, model)), {})
-    if (folder / DELTA_FILE).is_file():
+        found = Change(load_adapters(folder, model), {})
+    elif (folder / DELTA_FILE).is_file():
         found = _of_delta(folder / DELTA_FILE, model)
     elif (folder / "config.json").is_file():
         found = _of_model(folder, model)
@@ -127,6 +132,9 @@ def _of_delta(path: Path, model: nn.Module) -> Change:
 
 @torch.no_grad()
 def _of_model(folder: Path, model: nn.Module) -> Change:
+    base_dir: Any = getattr(model, "base_dir", type(model).__name__)
+    check_same_architecture(base_dir, model, folder)
+    check_same_tokenizer(base_dir, folder)
     parameters = dict(model.named_parameters())
     stored = StoredParameters(folder, {n: tuple(p.shape) for n, p in parameters.items()})
     found = Change({}, {})
@@ -147,6 +155,14 @@ def _note(found: Change, name: str, base: Tensor, final: Tensor, is_layer: bool)
         found.others[name] = final.to(base.dtype)
 
 
-def changed_layers(change: Change | Mapping[str, LowRank | Tensor]) -> list[str]:
-    """Names of the layers that a change holds."""
-    return list(change.layers if isinstance(change, Change) else change)
+def change_checksum(folder: str | Path) -> str:
+    """SHA-256 (hex) of the tensors of a change's folder.
+
+    Raises:
+        ModelError: the folder holds no change.
+    """
+    folder = Path(folder)
+    for name in (ADAPTER_TENSORS, DELTA_FILE):
+        if (folder / name).is_file():
+            return sha256_of_file(folder / name)
+    return fingerprint(folder)

@@ -92,7 +92,7 @@ class _FullChange(torch.autograd.Function):
         ctx.save_for_backward(x, weight, change, gate)
         ctx.transposed = transposed
         both = merged(weight, change, gate)
-        return F.linear(x, both.t() if transposed else both, bias)
+        return linear(x, both.t() if transposed else both, bias)
 
     @staticmethod
     @once_differentiable
@@ -125,8 +125,8 @@ class _LowRankChange(torch.autograd.Function):
         gate: Tensor,
         transposed: bool,
     ) -> Tensor:
-        y = F.linear(x, weight.t() if transposed else weight, bias)
-        h = F.linear(x, change.a).reshape(-1, change.a.shape[0])
+        y = linear(x, weight.t() if transposed else weight, bias)
+        h = linear(x, change.a).reshape(-1, change.a.shape[0])
         ctx.save_for_backward(h, weight, change.a, change.b, gate)
         ctx.scale, ctx.transposed, ctx.x = change.scale, transposed, (x.shape, x.dtype)
         add_product(y.view(-1, y.shape[-1]), h * (gate * change.scale), change.b.to(y.dtype).t())
@@ -147,6 +147,14 @@ class _LowRankChange(torch.autograd.Function):
             shape, dtype = ctx.x
             grad_x = grad_x.view(shape).to(dtype)
         return grad_x, None, None, None, grad_gate, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X Wᵀ + b inside an autograd function, by the faster library where autocast leaves it fp32."""
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    y = product(x, weight.t())
+    return y if bias is None else y.add_(bias)
 
 
 def merged(weight: Tensor, change: Tensor, gate: Tensor) -> Tensor:

@@ -140,6 +140,13 @@ def closed_gates(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return open_gates(model, 0.0)
 
 
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a model's own parameters: the scores of gates are none of them."""
+    gates = getattr(model, GATES, None)
+    scores = set() if gates is None else {id(score) for score in gates.parameters().values()}
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in scores}
+
+
 def _check(name: str, layers: dict[str, nn.Module], change: LowRank | Tensor) -> None:
     if name not in layers:
         raise ModelError(f"the change holds {name!r}, which is no linear layer of the model")
