@@ -37,7 +37,7 @@ def stages_of(run: ILARun) -> list[Stage]:
         ),
         Stage(
             "layers",
-            {"changes": run.stage1.change},
+            {"changes": run.stage1.change, "nf4": run.use.method == "qlora"},
             [run.base],
             partial(data_stages.list_layers, run),
         ),

@@ -18,6 +18,7 @@ from lit_align.masks import named_shapes
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.pipelines.ila_run import ILARun
 from lit_align.pipelines.rows import Row, write_json, write_jsonl
+from lit_align.pipelines.training import inference_device
 from lit_align.pipelines.variants import data_module
 
 LAYERS_FILE = "layers.json"
@@ -103,12 +104,15 @@ class Layers:
 
 
 def list_layers(run: ILARun, folder: Path) -> None:
-    """Write down the model's linear layers; check that given changes can be changes of it.
+    """Write down the model's linear layers; find out early what would fail later.
 
     Raises:
-        LocalizationError: a change comes with another tokenizer, or is a model of another
+        LocalizationError: a given change comes with another tokenizer, or is a model of another
             architecture.
+        ModelError: QLoRA is asked for, and NF4 weights cannot be had here.
     """
+    if run.use.method == "qlora":
+        load_language_model(run.base, nf4_on=inference_device(run.machine.accelerator))
     model: Any = load_language_model(run.base)[0]
     for change in map(Path, run.stage1.change if run.stage1.enabled else ()):
         check_same_tokenizer(run.base, change)

@@ -90,7 +90,7 @@ def choose_layers(run: ILARun, folder: Path) -> None:
     layers = Layers.read(run)
     found = {name: read_scores(ranking.file) for name, ranking in run.rankings().items()}
     if run.use.transfer:
-        found[TRANSFERRED] = _transferred(run, layers, folder)
+        found[TRANSFERRED] = _transferred(run.use.transfer, layers, folder)
     scores: dict[str, Any] = found | orders(layers.names, run.machine.seed)
     for choice in choices(run):
         if choice.rankings:
@@ -119,9 +119,9 @@ def overlap(rankings: Mapping[str, LayerScores], layers: Layers, share: float) -
     return compare_masks(tops, "layer", layers=layers.names)
 
 
-def _transferred(run: ILARun, layers: Layers, folder: Path) -> LayerScores:
+def _transferred(file: str, layers: Layers, folder: Path) -> LayerScores:
     """The other architecture's scores on this model's layers; what did not fit is written down."""
-    theirs = read_scores(run.use.transfer)
+    theirs = read_scores(file)
     moved = transfer_scores(theirs.layers, layers.names)
     write_json(folder / TRANSFER_FILE, dataclasses.asdict(moved))
     return dataclasses.replace(

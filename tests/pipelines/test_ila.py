@@ -1,6 +1,7 @@
 """Whole ILA runs on a tiny model: LoRA and full, SFT and DPO, several data sets, transfer."""
 
 import gc
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 from lit_align.compact.adapters import AdapterSettings
-from lit_align.errors import DataError, LocalizationError, MaskError, PipelineError
+from lit_align.data import SFTDataModule
+from lit_align.data.schema import TokenizedRow, TokenizedSequence
+from lit_align.errors import DataError, LocalizationError, MaskError, ModelError, PipelineError
 from lit_align.language_model import load_tokenizer
 from lit_align.localizers.layer_gate import LayerScores, read_scores
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers
+from lit_align.pipelines.ila_data import as_ids
 from tests.pipelines.ila_settings import DATA, tiny_ila
 from tests.tiny_models import save_tiny_model, tiny_model
 
@@ -89,6 +93,23 @@ def test_all_stages_are_done(whole):
                 "random_2_freeze_25", "first_freeze_25", "last_freeze_25"]  # fmt: skip
     assert list(stages(whole)) == SEARCH + [f"tune_{name}_0" for name in variants]
     assert list(results(whole)["variants"]) == variants
+
+
+def test_the_prepared_rows_are_the_file_s_tokens_split_once(whole, tiny_llama_dir):
+    source = SFTDataModule(str(tiny_llama_dir), SFT)
+    source.setup("fit")
+    parts = [SFTDataModule(str(tiny_llama_dir), str(whole / "data" / name)) for name in
+             ("sft/train.jsonl", "validation.jsonl")]  # fmt: skip
+    for part in parts:
+        part.setup("fit")
+
+    def tokens(module: SFTDataModule) -> list[tuple[list[int], list[int]]]:
+        rows = (row.sequences[0] for row in module.train_rows)
+        return [(s.prompt_ids.tolist(), s.response_ids.tolist()) for s in rows]
+
+    train, validation = map(tokens, parts)
+    assert len(train) == 8 and len(validation) == 2
+    assert sorted(train + validation) == sorted(tokens(source))
 
 
 def test_every_layer_has_a_score_that_moved(whole):
@@ -303,6 +324,16 @@ def test_a_change_of_another_architecture(tiny_llama_dir, tmp_path):
         tiny_ila(tiny_llama_dir, tmp_path / "run", stage1={"change": (str(change),)})
 
 
+def test_qlora_that_cannot_run_is_told_before_the_search(tiny_llama_dir, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a)
+    )
+    with pytest.raises(ModelError, match=r"bitsandbytes.*lit-align\[qlora\]"):
+        tiny_ila(tiny_llama_dir, tmp_path / "run", use={"method": "qlora"})
+    assert list(stages(tmp_path / "run")) == ["data"]
+
+
 def test_a_transfer_without_a_common_name(tiny_llama_dir, tmp_path):
     file = write_scores(tmp_path / "theirs.json", list(linear_layers(tiny_model("gpt2"))))
     with pytest.raises(MaskError, match=r"attn.c_attn.*q_proj"):
@@ -344,3 +375,15 @@ def test_scores_of_another_model_are_refused(tiny_llama_dir, tmp_path):
 def test_settings_that_contradict_each_other(changes, words, tmp_path):
     with pytest.raises(PipelineError, match=words):
         tiny_ila("nowhere", tmp_path / "run", **changes)
+
+
+def test_weights_and_pairs_survive_as_token_ids():
+    weighted = TokenizedSequence([1, 2], [3, 4], [0.0, 0.5], 0)
+    assert as_ids(TokenizedRow(0, (weighted,))) == {
+        "prompt_ids": [1, 2], "response_ids": [3, 4], "token_weights": [0.0, 0.5],
+    }  # fmt: skip
+    pair = TokenizedRow(0, (weighted, TokenizedSequence([1, 2], [5], None, 1)))
+    assert as_ids(pair) == {
+        "prompt_ids": [1, 2], "chosen_ids": [3, 4], "chosen_token_weights": [0.0, 0.5],
+        "rejected_ids": [5],
+    }  # fmt: skip
