@@ -7,6 +7,7 @@ A model is named by a local folder, by a hub id, or by the alias of the embedded
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from huggingface_hub import snapshot_download
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +31,10 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HASH_CHUNK_BYTES = 1 << 22
+NF4_NEEDS = (
+    "pip install 'lit-align[qlora]' on a machine with a device that bitsandbytes knows, or train "
+    "without quantization"
+)
 
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 
@@ -39,15 +45,26 @@ def load_language_model(
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    nf4_on: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode on the CPU, and its tokenizer.
 
     The model carries two attributes that masks and deltas are checked against: `base_fingerprint`
     (str, see `fingerprint`) and `base_dir` (Path of the folder that it was read from).
 
+    Args:
+        name_or_path: local folder, hub id or alias.
+        dtype: of the weights.
+        attn_implementation: of transformers.
+        trust_remote_code: let the model's folder bring code of its own.
+        nf4_on: hold the linear layers, all but the head, in 4 bits (NF4, QLoRA's double
+            quantisation) on this device; they multiply in `dtype`.
+
     Raises:
-        ModelError: The name leads nowhere, or the folder is not a causal LM with safetensors.
+        ModelError: The name leads nowhere, the folder is not a causal LM with safetensors, or NF4
+            cannot be had here.
     """
+    quantized = {} if nf4_on is None else _nf4_settings(nf4_on, dtype)
     folder = resolve_model(name_or_path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     base_fingerprint = fingerprint(folder)
@@ -58,12 +75,42 @@ def load_language_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            **quantized,
         )
+    except (ImportError, RuntimeError) as error:
+        if nf4_on is None:
+            raise
+        raise ModelError(f"NF4 weights cannot be made on {nf4_on}: {error}; {NF4_NEEDS}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+    if nf4_on is not None and nf4_on.type == "cpu":
+        _keep_trainable(model)
     model.base_fingerprint = base_fingerprint
     model.base_dir = folder
     return model.eval(), tokenizer
+
+
+def _nf4_settings(device: torch.device, dtype: Any) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"NF4 weights need bitsandbytes, which is not installed: {NF4_NEEDS}")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_trainable(model: Any) -> None:
+    """Leave 4-bit weights as they are loaded.
+
+    bitsandbytes re-packs them at the first forward of an evaluation on some CPUs, for a kernel
+    without a backward: gradients would be wrong from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(
@@ -123,8 +170,11 @@ def save_language_model(
     An older model of that name is replaced; any other folder that is not empty is not touched.
 
     Raises:
-        ModelError: The folder exists and holds something else than a model.
+        ModelError: The folder exists and holds something else than a model, or the model has
+            adapters.
     """
+    if hasattr(model, "peft_config"):
+        raise ModelError("the model has adapters: merge them (merge_adapters), or save them alone")
     folder = Path(folder)
     replaces = folder.exists()
     if replaces and not (folder / "config.json").is_file() and any(folder.iterdir()):

@@ -138,3 +138,5 @@ def make_adapted(module: nn.Module) -> None:
     adapted.__class__ = _adapted_class(type(module))
     for parameter in adapted._adapter_parameters():
         parameter.data = parameter.data.float()
+    if hasattr(module, "ranknum"):  # over 16-bit weights, peft lets the count itself train
+        adapted.ranknum[ADAPTER].requires_grad_(False)

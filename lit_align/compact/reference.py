@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_align.compact import graphs
+from lit_align.compact.adapters import has_adapters, without_adapters
 from lit_align.compact.state import Link, links
 from lit_align.errors import TrainingError
 from lit_align_kernels.swap_selected import swap_selected_
@@ -30,11 +31,17 @@ def _exchange(links_: list[Link]) -> None:
 def reference_policy(model: nn.Module) -> Iterator[None]:
     """Base values stand in place of the selected entries inside this context; no grad is recorded.
 
+    A model with adapters goes without them.
+
     Raises:
         TrainingError: where the model is not restricted, keeps no base values, or where a forward
             through compact weights still waits for its backward (the swap would spoil it): compute
             the reference's log-probs before the policy's.
     """
+    if has_adapters(model):
+        with torch.no_grad(), without_adapters(model):
+            yield
+        return
     found = links(model)
     if not found or any(link.state.base is None for link in found):
         raise TrainingError(

@@ -187,6 +187,7 @@ class LanguageModelModule(OptimizedModule):
             dtype=dtype,
             attn_implementation=h.attn_implementation,
             trust_remote_code=h.trust_remote_code,
+            nf4_on=self.trainer.strategy.root_device if self._quantization == "nf4" else None,
         )
         if h.delta:
             apply_delta(self.model, h.delta)
@@ -205,6 +206,10 @@ class LanguageModelModule(OptimizedModule):
         self.model.train()
         # Frozen weights and buffers are equal on every rank: DDP need not send them.
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
+
+    @property
+    def _quantization(self) -> str:
+        return "none" if self.adapter is None else self.adapter.quantization
 
     def _restrict(self, dtype: torch.dtype) -> None:
         """Train adapters, the mask's entries, or everything."""
@@ -253,6 +258,8 @@ class LanguageModelModule(OptimizedModule):
             "delta": self.delta_checksum,
             "precision": str(self.trainer.precision),
         }
+        if self._quantization != "none":
+            key["quantization"] = self._quantization
         path = Path(h.reference_cache) / f"{split}.safetensors" if h.reference_cache else None
         if path is not None and path.exists():
             return reference_logps.read(path, key)
