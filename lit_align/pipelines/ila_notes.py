@@ -8,6 +8,7 @@ from typing import Any
 from lit_align.pipelines.ila_run import TRANSFERRED
 
 NAMED = 4  # so many layers are named, the others counted
+MANY_TIES = 0.1  # share of the layers; fewer hardly move a cut
 
 
 def all_notes(results: Mapping[str, Any]) -> list[str]:
@@ -73,7 +74,7 @@ def _on_gates(rankings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 f"{name}: every gate is saturated (within 0.01 of 0 or 1): the ranking says "
                 "little; try a lower stage2.learning_rate or another stage2.initial_score."
             )
-        if found["ties"]:
+        if found["ties"] > MANY_TIES * found["layers"]:
             yield (
                 f"{name}: {found['ties']} of {found['layers']} layers share their score with "
                 "another; among those the model's order decides."

@@ -363,6 +363,7 @@ def test_scores_of_another_model_are_refused(tiny_llama_dir, tmp_path):
         ),
         ({"stage1": {"milestones": (0.5, 0.25)}}, "stage1.milestones .* rise"),
         ({"stage2": {"budget": 1.5}}, "stage2.budget is 1.5"),
+        ({"use": {"max_length": 512}}, "set data.max_length in place of use.max_length"),
         ({"use": {"top": (0.0,)}}, "use.top"),
         ({"use": {"freeze": (1.0,)}}, "use.freeze"),
         ({"data": {"validation_fraction": 0.0}}, "give data.validation_files"),
