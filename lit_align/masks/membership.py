@@ -29,6 +29,7 @@ from lit_align.masks.table import split_name
 
 Level = Literal["element", "row", "head", "layer"]
 DEFAULT_SHARE = 0.5
+POSITIONS = ("wpe", "position")  # in the names of embeddings of positions
 
 
 def members(
@@ -120,14 +121,15 @@ def row_densities(mask: ParameterMask) -> Iterator[np.ndarray]:
 def linear_weight_names(mask: ParameterMask) -> list[str]:
     """The linear layers of the mask's model, as far as names and shapes alone tell them.
 
-    Weights of two dimensions: every one in a block, and of those outside the blocks the one with
-    the most rows, the last of equals (the head, or the embedding that is tied to it).
-    `linear_layers` of the model itself is exact.
+    Weights of two dimensions: every one in a block, and of those outside the blocks, positions
+    left out, the one with the most rows, the last of equals (the head, or the embedding that is
+    tied to it). `linear_layers` of the model itself is exact.
     """
     inside, outside = [], []
     for name, selection in mask.selections.items():
         if len(selection.shape) == 2 and name.endswith(".weight"):
             (outside if split_name(name)[0] is None else inside).append(name)
+    outside = [name for name in outside if not any(word in name for word in POSITIONS)]
     if outside:
         rows = {name: mask.selections[name].shape[0] for name in outside}
         inside.append([name for name in outside if rows[name] == max(rows.values())][-1])

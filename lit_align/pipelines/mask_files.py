@@ -117,6 +117,8 @@ def short_names(masks: Mapping[str, ParameterMask]) -> dict[str, ParameterMask]:
     >>> list(short_names(dict.fromkeys(("runs/a/mask.safetensors", "runs/b/mask.safetensors"))))
     ['a/mask', 'b/mask']
     """
+    if not masks:
+        return {}
     paths = [Path(file).absolute() for file in masks]
     common = os.path.commonpath([path.parent for path in paths])
     names = [path.relative_to(common).as_posix().removesuffix(".safetensors") for path in paths]

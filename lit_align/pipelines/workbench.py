@@ -38,7 +38,7 @@ from lit_align.report.mask_tables import (
     module_table,
     parameter_table,
 )
-from lit_align.report.tables import format_cell
+from lit_align.report.tables import format_cell, printable
 
 Operation = Literal["and", "or", "minus", "invert"]
 Kind = Literal["all", "layers", "heads", "density", "jaccard"]
@@ -198,9 +198,8 @@ def plot(
 def _facts(table: Table) -> str:
     """Facts as lines that hold the whole of a fingerprint."""
     width = max(len(str(key)) for key, _ in table.rows)
-    return "\n".join(
-        [table.title, *(f"  {key:<{width}}  {format_cell(v)}" for key, v in table.rows)]
-    )
+    lines = [f"{key:<{width}}  {format_cell(value)}" for key, value in table.rows]
+    return "\n  ".join([table.title, *(printable(line) for line in lines)])
 
 
 def _common_level(masks: Iterable[ParameterMask]) -> Level:

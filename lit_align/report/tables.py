@@ -98,7 +98,8 @@ def format_table(table: Table) -> str:
     dpo   1,200
     """
     body = [[_one_line(cell) for cell in row] for row in table.rows]
-    widths = [max(map(len, cells)) for cells in zip(table.columns, *body, strict=True)]
+    columns = [printable(column) for column in table.columns]
+    widths = [max(map(len, cells)) for cells in zip(columns, *body, strict=True)]
     numeric = [table.is_numeric(index) for index in range(len(table.columns))]
 
     def line(cells: Sequence[str]) -> str:
@@ -109,10 +110,15 @@ def format_table(table: Table) -> str:
         return "  ".join(padded).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    lines = [table.title, line(table.columns), rule, *map(line, body)]
-    return "\n".join([*lines, *textwrap.wrap(table.note, NOTE_WIDTH)])
+    lines = [printable(table.title), line(columns), rule, *map(line, body)]
+    return "\n".join([*lines, *textwrap.wrap(printable(table.note), NOTE_WIDTH)])
 
 
 def _one_line(cell: object) -> str:
-    text = "".join(c if c.isprintable() else " " for c in format_cell(cell))
+    text = printable(format_cell(cell))
     return text if len(text) <= MAX_TEXT_WIDTH else text[: MAX_TEXT_WIDTH - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """The text on one line: what a terminal would act on becomes a space."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,5 +1,7 @@
 """Names in pictures, as they are: matplotlib would read formulas in them, or fail to write them."""
 
+from lit_align.report.tables import printable
+
 MAX_LABEL = 60
 
 
@@ -12,8 +14,8 @@ def literal(text: str) -> str:
     >>> literal("cost $x$"), literal("a" * 70)[25:35]
     ('cost \\$x\\$', 'aaa...aaaa')
     """
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    if len(printable) > MAX_LABEL:
+    line = printable(text)
+    if len(line) > MAX_LABEL:
         half = (MAX_LABEL - 3) // 2
-        printable = f"{printable[:half]}...{printable[-half:]}"
-    return printable.replace("$", r"\$")
+        line = f"{line[:half]}...{line[-half:]}"
+    return line.replace("$", r"\$")
