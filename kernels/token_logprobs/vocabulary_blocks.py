@@ -204,6 +204,10 @@ def _weight_gradient(
         chosen = d_logits.index_select(1, entries.rows[first:last] - start)
         width = hidden.shape[1]
         out[first * width : last * width] = product(chosen.t(), hidden).reshape(-1)
+    elif entries.kind == "rows":  # columns of the weight: an adapter's, beside those of the head
+        assert entries.rows is not None
+        columns = out.view(entries.rows.numel(), entries.row_length)
+        columns[:, start:stop] = product(hidden.index_select(1, entries.rows).t(), d_logits)
     else:
         gather_block(product(d_logits.t(), hidden), entries, start, stop, out)
 
