@@ -123,8 +123,9 @@ class KeyParameterLocalization(lightning.Callback):
 
         Raises:
             MaskError: the file is damaged.
-            LocalizationError: there are no scores to select by, or a comparison with the base is
-                asked of a run that starts from a delta.
+            LocalizationError: there are no scores to select by, a comparison with the base is
+                asked of a run that starts from a delta, or the run leaves the weights as they are
+                (adapters) or packed (NF4) where the method reads them.
         """
         if self.mask is not None:
             return ParameterMask.load(self.mask)
@@ -134,6 +135,11 @@ class KeyParameterLocalization(lightning.Callback):
                 "merge the delta and start from that"
             )
         if self.method == "weight_change":
+            if module.hparams.get("adapter"):
+                raise LocalizationError(
+                    "weight_change needs weights that train, and this run trains adapters: leave "
+                    "the adapter or the callback out"
+                )
             return None
         if self._learns_gates(module):
             return None
@@ -147,6 +153,11 @@ class KeyParameterLocalization(lightning.Callback):
         if (known := self._known_mask(trainer, inputs)) is not None:
             return known
         model: Any = module.language_model
+        if any(hasattr(p, "quant_state") for p in model.parameters()):
+            raise LocalizationError(
+                f"{self.method} reads the weights, and this run's are quantised: make the mask in "
+                "a run without quantization and bring it with `mask`"
+            )
         if self.method == "gradient":
             _accumulate_gradients(trainer, module, self.num_batches)
         mask = self._select_and_save(self._scores(model), trainer, model, inputs)
