@@ -9,9 +9,12 @@ from typing import Any, Protocol
 
 from lit_align.masks import ParameterMask
 from lit_align.pipelines.manifest import StageRecord
+from lit_align.pipelines.mask_files import Architecture
 from lit_align.pipelines.rows import write_json
 from lit_align.report import Table, format_interval, format_table, library_versions, write_report
-from lit_align.report.figures import Curves, density_heat_map, read_metrics_csv
+from lit_align.report.figures import Curves, read_metrics_csv
+from lit_align.report.mask_figures import mask_figures
+from lit_align.report.mask_tables import block_table, module_table
 
 COLUMNS = ("model", "accuracy [95 % interval]", "trained parameters", "peak MiB", "seconds")
 STAGES = {"sft": ("sft",), "dpo": ("warm_up",), "allo": ("forget", "improve")}
@@ -112,8 +115,15 @@ def _report(
     return write_report(
         run.output / "report.html",
         title="ALLO: key neurons, forgetting, improving",
-        tables=[table, sizes, stages, _layer_table(mask)],
-        figures=[density_heat_map("What moved: share of each weight in N1 ∪ N2", mask.table())],
+        tables=[
+            table,
+            sizes,
+            _mask_table(run, mask),
+            stages,
+            block_table(mask),
+            module_table(mask),
+        ],
+        figures=mask_figures(mask, Architecture.read(str(run.start)).heads, "What moved, N1 ∪ N2"),
         curves=_curves(run.output),
         config={name: r.config for name, r in records.items()},
         versions=library_versions(),
@@ -133,12 +143,15 @@ def _sizes(run: Run) -> Table:
     return Table("Files", ("file", "MiB", "share of the model"), tuple(rows))
 
 
-def _layer_table(mask: ParameterMask) -> Table:
+def _mask_table(run: Run, union: ParameterMask) -> Table:
+    files = {name: run.output / "locate" / f"{name.lower()}.safetensors" for name in ("N1", "N2")}
+    masks = {name: ParameterMask.load(file) for name, file in files.items() if file.is_file()}
     rows = [
-        ("other" if r["block"] is None else r["block"], r["selected"], r["total"], r["ratio"])
-        for r in mask.layer_table()
+        (name, m.metadata.method, m.metadata.ratio, m.count(), m.total(), m.density())
+        for name, m in (masks | {"N1 ∪ N2": union}).items()
     ]
-    return Table("N1 ∪ N2 by block", ("block", "selected", "total", "ratio"), tuple(rows))
+    columns = ("mask", "method", "ratio asked", "selected", "total", "realised ratio")
+    return Table("Masks", columns, tuple(rows))
 
 
 def _curves(output: Path) -> list[Curves]:
