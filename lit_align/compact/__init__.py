@@ -3,6 +3,7 @@
 from lit_align.compact.adapters import (
     AdapterSettings,
     add_adapters,
+    apply_adapters,
     has_adapters,
     load_adapters,
     merge_adapters,
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterSettings",
     "Delta",
     "add_adapters",
+    "apply_adapters",
     "apply_delta",
     "export_delta",
     "has_adapters",

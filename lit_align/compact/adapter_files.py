@@ -56,7 +56,8 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
         fresh = Path(scratch) / "new"
         config.save_pretrained(str(fresh))
         save_file(tensors, fresh / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / ORIGIN_FILE).write_text(json.dumps(_origin(model), indent=2) + "\n")
+        origin = _origin(model) | {"quantization": state.settings.quantization}
+        (fresh / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         fresh.rename(folder)
@@ -64,11 +65,11 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _origin(model: nn.Module) -> dict[str, Any]:
+    """What the adapters were trained on: the base, and what a delta changed of it first."""
     applied: Any = getattr(model, "lit_align_applied_mask", None)
     return {
         "base_fingerprint": getattr(model, "base_fingerprint", None),
-        "applied_delta_mask": None if applied is None else applied.digest,
-        "quantization": adapter_state(model).settings.quantization,
+        "delta_mask_digest": None if applied is None else applied.digest,
     }
 
 
@@ -131,12 +132,19 @@ def _check_origin(folder: Path, model: nn.Module) -> None:
     if not path.is_file():
         return  # of peft: it knows no fingerprint
     try:
-        theirs = json.loads(path.read_text())["base_fingerprint"]
+        record = json.loads(path.read_text())
+        base, delta = record["base_fingerprint"], record["delta_mask_digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged: {error!r}") from error
-    ours = getattr(model, "base_fingerprint", None)
-    if None not in (theirs, ours) and theirs != ours:
-        raise ModelError(f"{folder} has adapters of a model with fingerprint {theirs}, not {ours}")
+    ours = _origin(model)
+    if None not in (base, ours["base_fingerprint"]) and base != ours["base_fingerprint"]:
+        raise ModelError(
+            f"{folder} has adapters of a model with fingerprint {base}, this one's is "
+            f"{ours['base_fingerprint']}"
+        )
+    if delta != ours["delta_mask_digest"]:
+        state = "with" if delta else "without"
+        raise ModelError(f"{folder} has adapters of the base {state} a delta: load it {state} it")
 
 
 def _change(folder: Path, name: str, factors: dict[str, Tensor], config: Any) -> LowRank:

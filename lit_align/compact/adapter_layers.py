@@ -129,7 +129,8 @@ def adapted_modules(model: nn.Module) -> dict[str, AdaptedLayer]:
 @functools.cache
 def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a peft layer's class; cached, so that equal layers share one."""
-    return type(original.__name__, (AdaptedLayer, original), {"__module__": original.__module__})
+    members = {"__module__": original.__module__}
+    return type(f"Adapted{original.__name__}", (AdaptedLayer, original), members)
 
 
 def make_adapted(module: nn.Module) -> None:

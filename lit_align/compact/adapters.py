@@ -7,10 +7,12 @@ decoder, its fingerprint) stays, so that whatever works with a plain model works
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from lit_align.compact.adapter_layers import (
     make_adapted,
 )
 from lit_align.compact.adapter_settings import AdapterSettings
+from lit_align.compact.change import LowRank
 from lit_align.errors import MaskError, ModelError
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers, module_names
@@ -38,7 +41,9 @@ __all__ = [
     "AdapterSettings",
     "adapted_layers",
     "adapter_identity",
+    "adapter_share",
     "add_adapters",
+    "apply_adapters",
     "has_adapters",
     "load_adapters",
     "merge_adapters",
@@ -176,6 +181,13 @@ def adapted_layers(model: nn.Module) -> list[str]:
     return list(adapter_state(model).modules)
 
 
+def adapter_share(model: nn.Module) -> float:
+    """Entries of the adapters as a share of the base's."""
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    return adapters / sum(math.prod(s) for n, s in full_shapes(model).items() if n in frozen)
+
+
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The base alone inside this context: the reference policy."""
@@ -191,7 +203,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-@torch.no_grad()
 def merge_adapters(model: PreTrainedModel) -> None:
     """Write ΔW into the weights, in place: a plain model again, all of it trainable.
 
@@ -201,35 +212,64 @@ def merge_adapters(model: PreTrainedModel) -> None:
     Raises:
         ModelError: the model has no adapters, or its weights are quantised.
     """
-    state = adapter_state(model)
-    if state.settings.quantization != "none":
-        raise ModelError(
-            "adapters cannot be merged into quantised weights: save them, and merge them into the "
-            "base loaded without quantisation (PeftModel.from_pretrained(base, folder))"
-        )
-    counts = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    for layer, path in zip(adapted_modules(model).values(), state.modules.values(), strict=True):
-        base, change = layer.get_base_layer(), layer.low_rank()
-        delta = change.scale * (change.b @ change.a)
-        weight: Any = base._parameters["weight"]
-        if counts[id(weight)] > 1:
-            weight = nn.Parameter(weight.detach().clone())
-            base.register_parameter("weight", weight)
-            model.config.get_text_config().tie_word_embeddings = False
-            model.config.tie_word_embeddings = False
-        weight += delta.t() if isinstance(base, Conv1D) else delta
+    modules = adapter_state(model).modules
+    changes = {
+        name: dataclasses.replace(change, a=change.a.detach(), b=change.b.detach())
+        for name, change in ((n, layer.low_rank()) for n, layer in adapted_modules(model).items())
+    }
+    _refuse_quantised(model)
+    for path in modules.values():
         parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, base)
+        adapted: Any = model.get_submodule(path)
+        setattr(model.get_submodule(parent), attribute, adapted.get_base_layer())
     del model.__dict__[STATE], model.peft_config
     model.requires_grad_(True)
+    _write_changes(model, changes)
 
 
-def adapter_identity(model: nn.Module) -> str | None:
-    """What a checkpoint's adapter tensors belong to, in words; None without adapters."""
+def apply_adapters(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write the adapters of a folder into the weights of their base, in place.
+
+    A tied head is untied as by `merge_adapters`.
+
+    Raises:
+        ModelError: see `load_adapters`; or the weights are quantised.
+    """
+    changes = load_adapters(folder, model)
+    _refuse_quantised(model)
+    _write_changes(model, changes)
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    if any(hasattr(p, "quant_state") for p in model.parameters()):
+        raise ModelError(
+            "adapters cannot be merged into quantised weights: save them, and apply the folder to "
+            "the base loaded without quantization"
+        )
+
+
+@torch.no_grad()
+def _write_changes(model: PreTrainedModel, changes: dict[str, LowRank]) -> None:
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for name, layer in linear_layers(model).items():
+        if name not in changes:
+            continue
+        change = changes[name]
+        delta = change.scale * (change.b @ change.a)
+        weight: Any = layer._parameters["weight"]
+        if uses[id(weight)] > 1:
+            weight = nn.Parameter(weight.detach().clone())
+            layer.register_parameter("weight", weight)
+            model.config.tie_word_embeddings = False
+            model.config.get_text_config().tie_word_embeddings = False
+        weight += (delta.t() if isinstance(layer, Conv1D) else delta).to(weight.device)
+
+
+def adapter_identity(model: nn.Module) -> dict[str, Any] | None:
+    """What a checkpoint's adapter tensors belong to; None without adapters."""
     if not has_adapters(model):
         return None
     state = adapter_state(model)
-    s = state.settings
-    ranks = f"rank {s.rank}" if s.kind == "lora" else f"ranks {s.start_rank} to {s.rank}"
-    where = json.dumps(list(state.modules))
-    return f"{s.kind}, {ranks}, alpha {s.alpha:g}, base {s.quantization}, layers {where}"
+    names = ("kind", "rank", "alpha", "quantization")
+    known = {name: getattr(state.settings, name) for name in names}
+    return known | {"start_rank": state.settings.start_rank, "layers": list(state.modules)}

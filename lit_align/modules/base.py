@@ -18,7 +18,12 @@ from lit_align.compact import (
     reference_policy,
     restrict,
 )
-from lit_align.compact.adapters import AdapterSettings, add_adapters, has_adapters
+from lit_align.compact.adapters import (
+    AdapterSettings,
+    adapter_share,
+    add_adapters,
+    has_adapters,
+)
 from lit_align.compact.rank_allocation import allocates_ranks, orthogonality
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
@@ -206,6 +211,10 @@ class LanguageModelModule(OptimizedModule):
         self.model.train()
         # Frozen weights and buffers are equal on every rank: DDP need not send them.
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
+
+    def trained_share(self) -> float:
+        """Trained parameters, an adapter's too, as a share of the base's."""
+        return adapter_share(self.model) if has_adapters(self.model) else super().trained_share()
 
     @property
     def _quantization(self) -> str:

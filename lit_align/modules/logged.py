@@ -30,6 +30,10 @@ class LoggedModule(lightning.LightningModule):
         """Where a split's values go: train, val or test."""
         return self.logs[split].to(self.device)
 
+    def trained_share(self) -> float:
+        """Trained parameters as a share of the base's."""
+        return self.mask.density() if self.mask is not None else 1.0
+
     def logs_next_step(self) -> bool:
         """Whether the step under way will be logged."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -52,7 +56,7 @@ class LoggedModule(lightning.LightningModule):
         self.logged_step = self.global_step
         values = self.log_of("train").compute_and_reset()
         values |= self.throughput.compute_and_reset(self.device)
-        values["mask/density"] = self.mask.density() if self.mask is not None else 1.0
+        values["mask/density"] = self.trained_share()
         values["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         log_everywhere(self.loggers, values, self.global_step)
         return values

@@ -9,7 +9,17 @@ from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.compact import apply_delta, export_delta, load_trainable, restrict
+from lit_align.compact import (
+    AdapterSettings,
+    add_adapters,
+    apply_adapters,
+    apply_delta,
+    export_delta,
+    has_adapters,
+    load_trainable,
+    restrict,
+    save_adapters,
+)
 from lit_align.data import RowTokenizer
 from lit_align.errors import DataError, LocalizationError, TrainingError
 from lit_align.evaluation import evaluate
@@ -150,32 +160,42 @@ def export(
     delta: str | None = None,
     checkpoint: str | None = None,
     mask: str | None = None,
+    adapter: str | None = None,
 ) -> None:
-    """A trained model as a sparse delta (`.safetensors`) or as an ordinary model folder.
+    """A trained model as a sparse delta (`.safetensors`), adapters, or an ordinary model folder.
 
-    Either `--model` with `--delta`, which are merged, or a checkpoint of `lit-align fit`, with the
-    mask that it was trained on (none for a full fit).
+    Either `--model` with `--delta` or `--adapter`, which are merged, or a checkpoint of `lit-align
+    fit`, with the mask that it was trained on (none for a full fit, none for adapters).
 
     Args:
-        output: a file ending in `.safetensors` (a delta) or a folder (a whole model).
+        output: a file ending in `.safetensors` (a delta) or a folder (a whole model; of a
+            checkpoint of adapters a folder of peft's with these alone).
         model: the base; for a checkpoint, default the one it names.
         delta: a delta of that base.
         checkpoint: a Lightning checkpoint.
         mask: what the checkpoint was trained on.
+        adapter: a folder of adapters of that base.
 
     Raises:
         TrainingError: the arguments do not go together.
     """
-    if (checkpoint is None) == (delta is None):
-        raise TrainingError("export takes either --checkpoint, or --model and --delta")
+    if [checkpoint, delta, adapter].count(None) != 2:
+        raise TrainingError("export takes --checkpoint, or --model with --delta or --adapter")
     if checkpoint is not None:
         trained, tokenizer = _from_checkpoint(checkpoint, model, mask)
-    elif model is not None:
+    elif model is None:
+        raise TrainingError("export --delta and --adapter need --model, the base")
+    elif delta is not None:
         trained, tokenizer = load_language_model(model, dtype="auto")
-        apply_delta(trained, str(delta))
+        apply_delta(trained, delta)
     else:
-        raise TrainingError("export --delta needs --model, the delta's base")
-    if output.endswith(".safetensors"):
+        trained, tokenizer = load_language_model(model, dtype="auto")
+        apply_adapters(trained, str(adapter))
+    if has_adapters(trained):
+        if output.endswith(".safetensors"):
+            raise TrainingError("adapters are a folder: name one as --output")
+        save_adapters(trained, output)
+    elif output.endswith(".safetensors"):
         if mask is None:
             raise TrainingError("a delta needs --mask; name a folder to export the whole model")
         # A checkpoint's model knows what moved: its mask, and the delta that it started from.
@@ -204,5 +224,13 @@ def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[An
             raise TrainingError(f"{path} was trained on another mask than {mask}")
     elif identity["mask_digest"] is not None:
         raise TrainingError(f"{path} was trained on a mask: name it with --mask")
+    elif identity.get("adapter") is not None:
+        add_adapters(trained, _adapter_settings(settings, identity))
     load_trainable(trained, {n.removeprefix(PREFIX): t for n, t in state.items()})
     return trained, tokenizer
+
+
+def _adapter_settings(settings: dict[str, Any], identity: dict[str, Any]) -> AdapterSettings:
+    """Those of a checkpoint's run, on the layers that they came to."""
+    layers = {"layers": identity["adapter"]["layers"], "mask": None}
+    return AdapterSettings(**settings["adapter"] | layers)
