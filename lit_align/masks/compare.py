@@ -79,14 +79,15 @@ def compare_masks(
         layers = linear_weight_names(first) if layers is None else list(layers)
     if level == "row":
         row_axes = _column_axes(masks.values()) | dict(row_axes or {})
-    options = {"row_axes": row_axes, "heads": heads, "layers": layers}
-    flags = {
-        name: np.concatenate(list(unit_members(mask, level, share, **options).values()))  # type: ignore[arg-type]
-        for name, mask in masks.items()
-    }
+    flags = {}
+    for name, mask in masks.items():
+        units = unit_members(mask, level, share, row_axes=row_axes, heads=heads, layers=layers)
+        if not units:
+            raise MaskError(f"there is no {level} to compare over in {name}")
+        flags[name] = np.concatenate(list(units.values()))
     counts = {name: int(chosen.sum()) for name, chosen in flags.items()}
-    units = len(next(iter(flags.values())))
-    return _comparison(level, counts, units, lambda a, b: int((flags[a] & flags[b]).sum()), share)
+    total = len(next(iter(flags.values())))
+    return _comparison(level, counts, total, lambda a, b: int((flags[a] & flags[b]).sum()), share)
 
 
 def check_same_parameters(masks: Mapping[str, ParameterMask]) -> None:

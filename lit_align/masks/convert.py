@@ -194,7 +194,7 @@ def read_targets(path: str | Path) -> list[str] | str:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MaskError(f"{path}: cannot be read as JSON: {error}") from error
-    targets = document.get("target_modules") if isinstance(document, dict) else None
+    targets: Any = document.get("target_modules") if isinstance(document, dict) else None
     names = [targets] if isinstance(targets, str) else targets
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise MaskError(f"{path}: has no list of names under 'target_modules'")

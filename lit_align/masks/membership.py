@@ -125,7 +125,8 @@ def linear_weight_names(mask: ParameterMask) -> list[str]:
     left out, the one with the most rows, the last of equals (the head, or the embedding that is
     tied to it). `linear_layers` of the model itself is exact.
     """
-    inside, outside = [], []
+    inside: list[str] = []
+    outside: list[str] = []
     for name, selection in mask.selections.items():
         if len(selection.shape) == 2 and name.endswith(".weight"):
             (outside if split_name(name)[0] is None else inside).append(name)

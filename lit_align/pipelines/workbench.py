@@ -95,14 +95,12 @@ def compare(
     level = level or _common_level(masks.values())
     if level == "head":
         architecture = architecture or read_architecture(model, "a comparison by heads")
-    comparison = compare_masks(
-        short_names(masks),
-        level,
-        share=share,
-        row_axes=architecture and architecture.row_axes,
-        heads=architecture.head_layout() if architecture and level == "head" else None,
-        layers=architecture and architecture.names.modules,
-    )
+    known: dict[str, Any] = {}
+    if architecture is not None:
+        known = {"row_axes": architecture.row_axes, "layers": architecture.names.modules}
+    if architecture is not None and level == "head":
+        known["heads"] = architecture.head_layout()
+    comparison = compare_masks(short_names(masks), level, share=share, **known)
     table = jaccard_table(comparison)
     print(format_table(table))
     if output is not None and output.endswith(".json"):
@@ -232,7 +230,7 @@ def _linear_alone(mask: ParameterMask, architecture: Architecture | None) -> Par
 def _of_mask(
     file: str, mask: ParameterMask, kind: Kind, architecture: Architecture | None
 ) -> list[Figure]:
-    heads = architecture and architecture.heads
+    heads = None if architecture is None else architecture.heads
     if kind == "all":
         return list(mask_figures(mask, heads, file))
     if kind == "layers":

@@ -116,5 +116,8 @@ def test_masks_of_different_models_are_refused_and_both_named():
     more = ParameterMask({"h.0.w.weight": Selection.none((4, 3)), "b": Selection.none((1,))})
     with pytest.raises(MaskError, match="'b' is not in the first"):
         compare_masks({"one": elements(0), "two": more})
+    vectors = ParameterMask({"b": Selection.all((2,))})
+    with pytest.raises(MaskError, match="no layer to compare over in one"):
+        compare_masks({"one": vectors, "two": vectors}, "layer")
     with pytest.raises(MaskError, match="two masks or more, not 1"):
         compare_masks({"one": elements(0)})
