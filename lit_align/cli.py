@@ -19,17 +19,30 @@ from lit_align.errors import LitAlignError
 from lit_align.modules import LanguageModelModule
 from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.pipelines.allo import allo
-from lit_align.pipelines.bench import bench, bench_command
+from lit_align.pipelines.alps import alps
+from lit_align.pipelines.bench import bench_command
 from lit_align.pipelines.commands import evaluate_files, export, localize
+from lit_align.pipelines.generate import generate_answers
+from lit_align.pipelines.ila import ila
+from lit_align.pipelines.mask_command import mask_command
+from lit_align.pipelines.token_weight_auc import token_weight_auc
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 VERBS: dict[str, Callable[..., Any]] = {
     "allo": allo,
+    "ila": ila,
+    "alps": alps,
     "localize": localize,
+    "generate": generate_answers,
     "evaluate": evaluate_files,
+    "token-auc": token_weight_auc,
     "export": export,
-    "bench": bench,
+}
+# Lists, flags and verbs of their own, which auto_cli does not take: these parse their words.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "mask": mask_command,
+    "bench": bench_command,
 }
 USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them)
 
@@ -38,9 +51,14 @@ USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them
   test        the same on the test split
   predict     log-probs of every response
   allo        the whole ALLO pipeline: sample, warm up, locate, forget, improve, evaluate, export
-  localize    a mask of key parameters, from two model folders, at random or by magnitude
+  ila         rank the linear layers by what fine-tuning makes of them, train the important ones
+  alps        find the attention heads that a task moves, train only those of all heads
+  localize    a mask of key parameters: from two model folders, scores, at random, by magnitude
+  mask        show, compare, combine, plot and convert masks
+  generate    answers to questions, in AlpacaEval's or MT-Bench's format
   evaluate    accuracy of a model on a file: multiple_choice, exact_answer or preference
-  export      a checkpoint as a sparse delta or as a Hugging Face folder
+  token-auc   how well token weights find the words that people marked as wrong
+  export      a checkpoint as a sparse delta, an adapter or a Hugging Face folder
   bench       time the kernels on this device: bench [kernel ...], or --audit them without one
 """
 
@@ -86,14 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if verb in ("-h", "--help"):
         print(USAGE, end="")
         return
-    if verb not in (*TRAINER_VERBS, *VERBS):
+    if verb not in (*TRAINER_VERBS, *VERBS, *COMMANDS):
         print(f"lit-align: unknown verb {verb!r}\n{USAGE}", end="", file=sys.stderr)
         raise SystemExit(2)
     try:
         if verb in TRAINER_VERBS:
             train(arguments)
-        elif verb == "bench":  # lists and flags, which auto_cli does not take
-            bench_command(words[1:])
+        elif verb in COMMANDS:
+            COMMANDS[verb](words[1:])
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
     except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:

@@ -78,10 +78,11 @@ class Variant:
 
 
 class TrainingClock(lightning.Callback):
-    """Seconds spent in training steps, validation left out."""
+    """Seconds spent in training steps, validation left out, and the step of the last validation."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.validated_step = -1
         self._start = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -91,6 +92,10 @@ class TrainingClock(lightning.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         """Add."""
         self.seconds += time.perf_counter() - self._start
+
+    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Note how far training was."""
+        self.validated_step = trainer.global_step
 
 
 def data_module(
@@ -148,9 +153,9 @@ def train_variant(
         keep: `change` writes `change/` (see `save_change`), `model` an ordinary model folder.
 
     Returns:
-        What stands in `metrics.json`: name, seed, validation_loss (mean nats a token for SFT, the
-        DPO loss a pair otherwise), validation_losses by epoch, train_loss (of the last logged
-        step), trained_parameters, seconds of training, tokens, peak_rss_mib, train_rows and
+        What stands in `metrics.json`: name, seed, validation_loss at the end (mean nats a token
+        for SFT, the DPO loss a pair otherwise), train_loss of the last step, steps,
+        trained_parameters, seconds of training, tokens, peak_rss_mib, train_rows and
         validation_rows.
     """
     rows = data_module(data, model, train, run, folder)
@@ -163,6 +168,9 @@ def train_variant(
     trainer = make_trainer(train, run, folder, used, validate=rows.has_rows("validation"))
     with PeakMemory() as peak:
         trainer.fit(module, datamodule=rows)
+    train_loss = _metric(trainer, "loss")
+    if rows.has_rows("validation") and clock.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=rows, verbose=False)  # max_steps ended amid an epoch
     if keep == "change":
         save_change(module.model, folder / CHANGE_FOLDER)
     elif keep == "model":
@@ -171,7 +179,7 @@ def train_variant(
         "name": variant.name,
         "seed": run.seed,
         "validation_loss": _metric(trainer, "eval_loss"),
-        "train_loss": _metric(trainer, "loss"),
+        "train_loss": train_loss,
         "steps": trainer.global_step,
         "trained_parameters": sum(p.numel() for _, p in trainable(module.model)),
         "seconds": round(clock.seconds, 3),
