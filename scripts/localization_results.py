@@ -47,7 +47,7 @@ from lit_align.pipelines.variants import (
 MODEL = "smollm2-135m-instruct-q4"
 FILES = {"dolly": "sft_dolly.jsonl", "codegen": "sft_codegen.jsonl", "gsm8k": "gsm8k_train.jsonl"}
 SEEDS = (0, 1, 2)
-TRAIN_ROWS, VALIDATION_ROWS = 32, 32
+TRAIN_ROWS, VALIDATION_ROWS = 48, 24
 LENGTH = 128
 MILESTONES = (0.01, 0.25, 0.5, 0.75, 1.0)
 INITIAL_SCORES = (4.0, 2.0, 1.0)
@@ -55,10 +55,10 @@ KEPT = 0.75  # of the layers, in the Jaccard tables
 BETAS = (0.9, 0.99)  # the paper's, as are decay and schedule
 
 FULL = TrainSettings(
-    learning_rate=1e-4, epochs=2, batch_size=4, weight_decay=0.1, betas=BETAS, max_length=LENGTH
+    learning_rate=1e-4, epochs=1, batch_size=4, weight_decay=0.1, betas=BETAS, max_length=LENGTH
 )
 LORA = dataclasses.replace(FULL, learning_rate=1e-3)
-GATES = dataclasses.replace(FULL, epochs=4, batch_size=1, max_steps=128)
+GATES = dataclasses.replace(FULL, epochs=3, max_steps=32)
 ADAPTER = AdapterSettings(rank=32, dropout=0.1)
 
 
@@ -264,12 +264,12 @@ class Runs:
 
 
 TUNED = (
-    "all layers", "top 75 %", "top 30 %", "top 10 %", "random 30 %", "random again 30 %",
+    "all layers", "top 75 %", "top 30 %", "top 10 %", "random 30 %",
     "first 30 %", "last 30 %",
 )  # fmt: skip
 TASK, HEADS = "dolly", 0.1
 HEAD_SETS = (
-    "all attention", "ALPS projection", "ALPS qkv", "random heads", "layer-consistent heads",
+    "all attention", "ALPS projection", "random heads", "layer-consistent heads",
     "no attention",
 )  # fmt: skip
 
