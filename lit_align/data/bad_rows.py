@@ -82,6 +82,10 @@ class BadRows:
         """
         path = Path(folder) / REJECTED_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(dataclasses.asdict(bad), default=str) + "\n" for bad in self.rows]
-        write_atomically(path, "".join(lines).encode("ascii"))
+        write_atomically(path, "".join(as_line(bad) + "\n" for bad in self.rows).encode("ascii"))
         return path
+
+
+def as_line(bad: BadRow) -> str:
+    """A bad row as one line of `rejected_rows.jsonl`."""
+    return json.dumps(dataclasses.asdict(bad), default=str)

@@ -13,15 +13,28 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 import lightning
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.batch import PackedBatch
-from lit_align.data.bad_rows import BadRows
+from lit_align.data.bad_rows import BadRow, BadRows
 from lit_align.data.dataloader import ResumableDataLoader, make_dataloader
-from lit_align.data.loading import RowLoader, describe, fingerprint, split_off, with_reference_logps
+from lit_align.data.loading import (
+    RowLoader,
+    describe,
+    fingerprint,
+    fingerprint_of_files,
+    split_off,
+    with_reference_logps,
+)
 from lit_align.data.sampler import BatchSampler
 from lit_align.data.schema import PreferenceRow, Row, SFTRow, TokenizedRow, UnlearningRow
+from lit_align.data.streaming import StreamedRows
+from lit_align.data.streaming_loader import (
+    NEEDS_ALL_ROWS,
+    StreamingLoader,
+    Streams,
+    check_number_of_steps,
+    count_batch,
+)
 from lit_align.data.templates import chat_template_text
 from lit_align.data.tokenize import RowTokenizer, TrainOn, Truncation
 from lit_align.errors import DataError
@@ -65,8 +78,10 @@ class TextDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         group_by_length: bool = True,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
     ) -> None:
-        """Rows are read in `setup`.
+        """Rows are read in `setup`, or with `streaming` while they are trained on.
 
         Args:
             tokenizer: local folder, hub id or alias of a model; or a tokenizer.
@@ -90,7 +105,13 @@ class TextDataModule(lightning.LightningDataModule):
             output_dir: folder of that file; default the trainer's `default_root_dir`.
             num_workers: processes that build batches.
             seed: of the shuffle and of the split.
-            group_by_length: put rows of like length into a batch, which saves padding.
+            group_by_length: put rows of like length into a batch, which saves padding; a stream's
+                stay as they come.
+            streaming: for files larger than memory: read and tokenise rows as they come. A bad row
+                stops the run when it is met (or is skipped: its batch is smaller); `max_rows`
+                counts usable rows or not; needs `trainer.max_steps`, validation rows of their own
+                and, of the reference policy, `reference: swap`.
+            shuffle_buffer: of a stream: rows that the next one is drawn from; 0 keeps the order.
         """
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -99,6 +120,13 @@ class TextDataModule(lightning.LightningDataModule):
             raise DataError(f"validation_fraction is {validation_fraction}, not in [0, 1)")
         if on_bad_row not in ("error", "skip"):
             raise DataError(f"on_bad_row is {on_bad_row!r}: error | skip")
+        if shuffle_buffer < 0:
+            raise DataError(f"shuffle_buffer is {shuffle_buffer}: at least 0")
+        if streaming and validation_fraction:
+            raise DataError(
+                "validation_fraction splits rows that are all there, and streaming has never more "
+                "than a few: give validation_file"
+            )
         files = (train_file, validation_file, test_file, predict_file)
         self.sources: dict[Split, Any] = {
             split: [file] if isinstance(file, str | Path) else file
@@ -119,9 +147,12 @@ class TextDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.group_by_length = group_by_length
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
         self.bad_rows = BadRows()
         self._typed_rows: Mapping[Split, Sequence[Row]] = {}
         self._rows: dict[Split, list[TokenizedRow]] = {}
+        self._streams = Streams()
         self._resume_from: dict[str, int] | None = None
 
     @classmethod
@@ -153,7 +184,14 @@ class TextDataModule(lightning.LightningDataModule):
         Raises:
             DataError: bad rows (all of the stage's together), or a split without a usable row.
         """
-        loader = RowLoader(self.row_type, self.row_tokenizer(), self.format, self.max_rows)
+        loader = self._row_loader()
+        if self.streaming:
+            if self._typed_rows:
+                raise DataError("streaming reads files; these rows are in memory: leave it out")
+            for split in self._missing_splits(stage):
+                if split in self.sources:
+                    self._streams.open(split, self.sources[split])
+            return
         known_bad = len(self.bad_rows)
         loaded = {}
         for split in self._missing_splits(stage):
@@ -174,6 +212,9 @@ class TextDataModule(lightning.LightningDataModule):
             rank_zero_info(f"{split}: {describe(rows)}")
         self._rows.update(loaded)
 
+    def _row_loader(self) -> RowLoader:
+        return RowLoader(self.row_type, self.row_tokenizer(), self.format, self.max_rows)
+
     def row_tokenizer(self) -> RowTokenizer:
         """How this module turns a typed row into tokens."""
         return RowTokenizer(self.tokenizer, self.max_length, self.truncation)
@@ -185,16 +226,23 @@ class TextDataModule(lightning.LightningDataModule):
 
     def rows(self, split: Split) -> list[TokenizedRow]:
         """Rows of a split, after `setup`; row i has row id i."""
+        if split in self._streams:
+            raise DataError(f"the {split} rows {NEEDS_ALL_ROWS}")
         if split not in self._rows:
             raise DataError(f"there are no {split} rows: give {split}_file, and call setup first")
         return self._rows[split]
 
     def has_rows(self, split: Split) -> bool:
         """Whether `setup` found rows for a split."""
-        return split in self._rows
+        return split in self._rows or split in self._streams
 
     def fingerprint(self, split: Split) -> str:
-        """SHA-256 over the token ids of a split, for the cache of reference log-probs."""
+        """SHA-256 over the token ids of a split, or over what is known of a stream's files.
+
+        For the cache of reference log-probs, and for masks that are made from the rows.
+        """
+        if split in self._streams:
+            return fingerprint_of_files(self.sources[split])
         return fingerprint(self.rows(split))
 
     def reference_key(self, split: Split) -> dict[str, str]:
@@ -227,8 +275,14 @@ class TextDataModule(lightning.LightningDataModule):
         except ValueError as error:
             raise DataError(f"reference log-probs do not fit the {split} rows") from error
 
-    def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Shuffled anew each epoch; of a resumed epoch, the batches that are left."""
+    def train_dataloader(self) -> Any:
+        """Shuffled anew each epoch; of a resumed epoch, the batches that are left.
+
+        Raises:
+            DataError: a stream without a number of steps.
+        """
+        if self.streaming:
+            check_number_of_steps(self.trainer)
         loader = self.dataloader("train", self.batch_size, shuffle=True)
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
@@ -242,23 +296,26 @@ class TextDataModule(lightning.LightningDataModule):
         of steps before.)
         """
         loader = self.trainer.train_dataloader if self.trainer is not None else None
-        return loader.state_dict() if isinstance(loader, ResumableDataLoader) else {}
+        if isinstance(loader, ResumableDataLoader | StreamingLoader):
+            return loader.state_dict()
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next train loader go on from there."""
         self._resume_from = state_dict
+        self._streams.resumed = True
 
-    def val_dataloader(self) -> DataLoader[PackedBatch] | list[Any]:
+    def val_dataloader(self) -> Any:
         """Longest rows first; no loader where there are no validation rows."""
         if not self.has_rows("validation"):
             return []
         return self.dataloader("validation", self.eval_batch_size)
 
-    def test_dataloader(self) -> DataLoader[PackedBatch]:
+    def test_dataloader(self) -> Any:
         """Longest rows first."""
         return self.dataloader("test", self.eval_batch_size)
 
-    def predict_dataloader(self) -> DataLoader[PackedBatch]:
+    def predict_dataloader(self) -> Any:
         """In the order of the file."""
         return self.dataloader("predict", self.eval_batch_size, group_by_length=False)
 
@@ -269,23 +326,53 @@ class TextDataModule(lightning.LightningDataModule):
         *,
         shuffle: bool = False,
         group_by_length: bool | None = None,
-    ) -> ResumableDataLoader:
-        """Batches of a split for this rank; see `BatchSampler` for how they are made up."""
+    ) -> ResumableDataLoader | StreamingLoader:
+        """Batches of a split for this rank; see `BatchSampler` for how they are made up.
+
+        Those of a stream are explained in `lit_align.data.streaming`.
+        """
+        if split in self._streams:
+            return self._streaming_loader(split, batch_size, shuffle)
         rows = self.rows(split)
-        strategy = getattr(self.trainer, "strategy", None)
         sampler = BatchSampler(
             [row.num_tokens for row in rows],
             batch_size,
             shuffle=shuffle,
             group_by_length=self.group_by_length if group_by_length is None else group_by_length,
             seed=self.seed,
-            **getattr(strategy, "distributed_sampler_kwargs", {}),
+            **self._ranks(),
         )
-        tokenizer = self.tokenizer
-        pad_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return make_dataloader(rows, sampler, self._pad_id, self.num_workers)
+
+    def _streaming_loader(self, split: Split, batch_size: int, shuffle: bool) -> StreamingLoader:
+        rows = StreamedRows(
+            self._row_loader(),
+            self.sources[split],
+            batch_size,
+            self._pad_id,
+            shuffle_buffer=self.shuffle_buffer if shuffle else 0,
+            seed=self.seed,
+            **self._ranks(),
         )
-        return make_dataloader(rows, sampler, pad_id, self.num_workers)
+        return StreamingLoader(rows, self.num_workers, self._epoch, self._take_bad_rows)
+
+    def _ranks(self) -> dict[str, int]:
+        """num_replicas and rank, where there are more than one."""
+        return getattr(getattr(self.trainer, "strategy", None), "distributed_sampler_kwargs", {})
+
+    @property
+    def _pad_id(self) -> int:
+        tokenizer: Any = self.tokenizer
+        padding = tokenizer.pad_token_id
+        return tokenizer.eos_token_id if padding is None else padding
+
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer is not None else 0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the batches of a stream that were trained on."""
+        count_batch(self.trainer)
+        return batch
 
     def _missing_splits(self, stage: str | None) -> list[Split]:
         """The splits to load; validation rows may have to be split off the train rows."""
@@ -293,16 +380,27 @@ class TextDataModule(lightning.LightningDataModule):
         splits = set(STAGE_SPLITS[stage])
         if "validation" in splits and "validation" not in given and self.validation_fraction:
             splits.add("train")
-        return [split for split in SPLITS if split in splits - set(self._rows)]
+        known = {*self._rows, *self._streams.sources}
+        return [split for split in SPLITS if split in splits - known]
 
     def _handle_bad_rows(self) -> None:
         """Stop, or write them down and go on."""
         if self.on_bad_row == "error":
             self.bad_rows.raise_if_any()
+        rank_zero_only(self.bad_rows.write)(self._folder)
+        rank_zero_info(f"{self.bad_rows.report()}\nskipped; written to {self._folder}")
+
+    @property
+    def _folder(self) -> Path:
+        """Where bad rows are written to."""
         trainer = self.trainer
-        folder = self.output_dir or (trainer.default_root_dir if trainer is not None else ".")
-        rank_zero_only(self.bad_rows.write)(folder)
-        rank_zero_info(f"{self.bad_rows.report()}\nskipped; written to {folder}")
+        root = trainer.default_root_dir if trainer is not None else "."
+        return Path(self.output_dir or root)
+
+    def _take_bad_rows(self, met: list[BadRow]) -> None:
+        rank = self._ranks().get("rank", 0)
+        skip = self.on_bad_row == "skip"
+        self._streams.take_bad_rows(met, self._folder, rank, skip=skip)
 
 
 class PreferenceDataModule(TextDataModule):

@@ -16,7 +16,9 @@ from lit_align.errors import DataError
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_rows(source: str | Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(
+    source: str | Path, bad_rows: BadRows, *, streaming: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number counted from 1, values) of each row; unreadable ones go to `bad_rows`.
 
     Args:
@@ -26,6 +28,8 @@ def read_rows(source: str | Path, bad_rows: BadRows) -> Iterator[tuple[int, dict
             The network is used for hub ids alone.
         bad_rows: where rows are noted that cannot be read: not UTF-8, not JSON, not an object, not
             as many cells as the header.
+        streaming: read a data set of the hub as it comes, without keeping it on disk. (Files are
+            always read as they come, `.json` excepted; saved folders are mapped from disk.)
 
     Raises:
         DataError: nothing is there, a file of an unknown kind, or one that is damaged as a whole.
@@ -35,7 +39,7 @@ def read_rows(source: str | Path, bad_rows: BadRows) -> Iterator[tuple[int, dict
         if path.suffix not in READERS:
             raise DataError(f"{path}: the name must end in {', '.join(READERS)}")
         return READERS[path.suffix](path, bad_rows)
-    return enumerate(_load_dataset(str(source)), 1)
+    return enumerate(_load_dataset(str(source), streaming), 1)
 
 
 def _read_jsonl(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -80,7 +84,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _load_dataset(source: str) -> datasets.Dataset:
+def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """A saved folder, or a data set of the hub."""
     name, _, split = source.partition(":")
     if Path(name).is_dir():
@@ -94,7 +98,8 @@ def _load_dataset(source: str) -> datasets.Dataset:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
         raise DataError(f"{source}: no such file or folder")
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        options = {"streaming": True} if streaming else {}
+        return datasets.load_dataset(name, split=split or "train", **options)
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: neither here nor readable from the hub: {error}") from error
 

@@ -61,7 +61,7 @@ class RowLoader:
         quiet = rank_zero_only.rank != 0  # type: ignore[attr-defined]
         for name, number, value in tqdm(rows, "tokenising", disable=quiet, delay=2, leave=False):
             try:
-                tokenized.append(self._tokenized(value, len(tokenized)))
+                tokenized.append(self.tokenized(value, len(tokenized)))
             except BadRowError as error:
                 as_dict = value if isinstance(value, dict) else dataclasses.asdict(value)
                 bad_rows.add(name, number, error, as_dict)
@@ -69,8 +69,12 @@ class RowLoader:
                 break
         return tokenized
 
-    def _tokenized(self, value: Any, row_id: int) -> TokenizedRow:
-        """Parse (unless it is a typed row), check, tokenise."""
+    def tokenized(self, value: Any, row_id: int) -> TokenizedRow:
+        """Parse (unless it is a typed row), check, tokenise.
+
+        Raises:
+            BadRowError: the row cannot be used.
+        """
         row = value
         if isinstance(value, dict):
             row = parse_row(value, FORMATS[self.row_type], self.format)
@@ -128,6 +132,16 @@ def fingerprint(rows: Sequence[TokenizedRow]) -> str:
             digest.update(sequence.prompt_ids.astype("<i4").tobytes())
             digest.update(sequence.response_ids.astype("<i4").tobytes())
         digest.update(b"row")
+    return digest.hexdigest()
+
+
+def fingerprint_of_files(sources: Sequence[str | Path]) -> str:
+    """SHA-256 (hex) over names, sizes and times of a stream's files: its rows are not held."""
+    digest = hashlib.sha256()
+    for source in sources:
+        path = Path(source)
+        stat = path.stat() if path.is_file() else None
+        digest.update(repr((str(source), stat and (stat.st_size, stat.st_mtime_ns))).encode())
     return digest.hexdigest()
 
 
