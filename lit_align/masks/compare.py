@@ -106,7 +106,7 @@ def check_same_parameters(masks: Mapping[str, ParameterMask]) -> None:
             if shapes.get(name) != theirs.get(name):
                 raise MaskError(
                     f"{first} and {other} are masks of different models: {name!r} "
-                    f"{_shape_in(shapes, name, 'first')}, {_shape_in(theirs, name, 'second')}"
+                    f"{_shape_in(shapes, name, 'first')} and {_shape_in(theirs, name, 'second')}"
                 )
 
 

@@ -46,7 +46,11 @@ def convert(file: str, output: str, model: str | None = None) -> None:
         write_allo(mask, output)
     else:
         assert architecture is not None
-        write_targets(peft_targets(mask, architecture.names), output, mask)
+        try:
+            targets = peft_targets(mask, architecture.names)
+        except MaskError as error:
+            raise MaskError(f"{file}: {error}") from error
+        write_targets(targets, output, mask)
     print(f"{mask}: {output}")
 
 
@@ -56,7 +60,11 @@ def _read(file: str, kind: str, architecture: Architecture | None) -> ParameterM
     base = architecture.fingerprint()
     if kind == "ALLO":
         return read_allo(file, architecture.names, base_fingerprint=base)
-    return mask_of_targets(read_targets(file), architecture.names, base_fingerprint=base)
+    targets = read_targets(file)
+    try:
+        return mask_of_targets(targets, architecture.names, base_fingerprint=base)
+    except MaskError as error:
+        raise MaskError(f"{file}: {error}") from error
 
 
 def _format(name: str) -> str:

@@ -192,7 +192,16 @@ def save_mask_of_another_model(path):
         ("convert e0.safetensors --output a.safetensors", MaskError, "same format"),
         ("convert e0.safetensors --output a.txt", MaskError, "a.txt: ends neither"),
         ("convert e0.safetensors --output a.json", ModelError, "needs the model"),
-        ("convert e0.safetensors --output a.json --model model", MaskError, "granularity layer"),
+        (
+            "convert e0.safetensors --output a.json --model model",
+            MaskError,
+            r"e0\..*granularity layer",
+        ),
+        (
+            "convert strange.json --output a.safetensors --model model",
+            MaskError,
+            r"strange\..*'no'",
+        ),
         ("convert weights.safetensors --output a.bin", MaskError, "not a mask"),
         ("convert weights.bin --output a.safetensors", ModelError, "needs the model"),
     ],
@@ -204,6 +213,7 @@ def test_bad_input_says_what_and_which_file(words, error, message):
     ParameterMask(rebased.selections, metadata).save("rebased.safetensors")
     save_file({"w": torch.ones(2)}, "weights.safetensors")
     Path("three.json").write_text("{}")
+    Path("strange.json").write_text('{"target_modules": ["no"]}')
     with pytest.raises(LitAlignError, match=message) as caught:
         run(words)
     assert type(caught.value) is error
