@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_align.compact import Delta, apply_delta
+from lit_align.compact import Delta, apply_adapters, apply_delta
 from lit_align.data.templates import chat_template_text
 from lit_align.errors import DataError
 from lit_align.evaluation.conversations import check_lengths, converse
@@ -63,7 +63,7 @@ def generate_answers(
             before it).
         name: what the file calls the model; default the last part of `model`.
         delta: a delta to apply to the model first.
-        adapter: folder of an adapter, as peft writes it, to put on the model.
+        adapter: folder of adapters (LoRA or AdaLoRA, as peft writes it) to merge into the model.
         chat_template: in place of the tokenizer's own: `transcript` (Human/Assistant, for base
             models), a file's path, or the Jinja text.
         limit: only the first so many questions.
@@ -80,6 +80,7 @@ def generate_answers(
         `answers` in the file, how many of them it held before (`kept`), and `seconds`.
 
     Raises:
+        ModelError: no such model, or adapters of another one.
         DataError: bad rows, a file of other settings or questions, questions that do not fit the
             format, the chat template or the model's context.
     """
@@ -149,7 +150,7 @@ def _loaded(
     if delta is not None:
         apply_delta(language_model, delta)
     if adapter is not None:
-        _apply_adapter(language_model, adapter)
+        apply_adapters(language_model, adapter)
     return language_model, tokenizer
 
 
@@ -178,26 +179,12 @@ def _batches(
                 yield _Batch(waiting, degree)
 
 
-def _apply_adapter(model: Any, folder: str) -> None:
-    """Put an adapter on the model, in place.
-
-    Raises:
-        DataError: the folder holds none, or one of another model.
-    """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise DataError(f"{folder} holds no adapter (adapter_config.json)")
-    try:
-        model.load_adapter(folder)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"{folder}: cannot be put on this model: {error}") from error
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.glob("adapter_*") if p.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

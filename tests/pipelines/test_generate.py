@@ -280,7 +280,7 @@ def test_bad_questions_are_named_together(tmp_path):
         ({"limit": 0}, DataError, "at least 1"),
         ({"num_choices": 2}, DataError, "num_choices is of mt_bench"),
         ({"temperature": -1.0}, ModelError, "temperature"),
-        ({"adapter": "absent"}, DataError, "absent holds no adapter"),
+        ({"adapter": "absent"}, ModelError, "absent has no adapter_config.json"),
         ({"max_new_tokens": 600}, DataError, "lower max_new_tokens"),
     ],
 )
