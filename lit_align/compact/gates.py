@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lit_align.compact.adapters import has_adapters
 from lit_align.compact.change import Change, LowRank
 from lit_align.compact.gated_layers import SCORE, Gate, Switch, is_plain_linear, make_gated
 from lit_align.compact.restrict import _owners
@@ -29,13 +30,13 @@ class LayerGates:
     Attributes:
         modules: layer name → a module that holds its score.
         switch: what all gates look at for a value that stands in for σ(s).
-        others: parameter name → (parameter, its other values): where the base's values stand in
-            the parameter while the gates are closed, the changed ones else.
+        others: of what changed beside linear layers: name → (parameter, values that it has not
+            now): the base's, while the gates are closed the changed ones; None: not kept.
     """
 
     modules: dict[str, nn.Module]
     switch: Switch
-    others: dict[str, tuple[nn.Parameter, Tensor]]
+    others: dict[str, tuple[nn.Parameter, Tensor | None]]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Layer name → its score, the trainable Parameter."""
@@ -47,11 +48,11 @@ class LayerGates:
 
     def scores(self) -> dict[str, float]:
         """Layer name → s."""
-        return {name: float(score) for name, score in self.parameters().items()}
+        return {name: float(score.detach()) for name, score in self.parameters().items()}
 
     def gates(self) -> dict[str, float]:
         """Layer name → σ(s)."""
-        return dict(zip(self.modules, self.values().tolist(), strict=True))
+        return dict(zip(self.modules, self.values().detach().tolist(), strict=True))
 
 
 def gate(
@@ -71,12 +72,18 @@ def gate(
         ModelError: the model is gated, restricted or adapted already; or a layer of the change is
             none of the model's, has another shape, or cannot be gated.
     """
-    if getattr(model, GATES, None) is not None or hasattr(model, "lit_align_mask"):
-        raise ModelError("the model is gated or restricted already: load it again to gate it")
+    taken = any(hasattr(model, attribute) for attribute in (GATES, "lit_align_mask"))
+    if taken or has_adapters(model):
+        raise ModelError(
+            "the model is gated or restricted already, or has adapters: load it again to gate it"
+        )
     parameters = dict(model.named_parameters())
     layers = linear_layers(model)
     for name, layer_change in change.layers.items():
         _check(name, layers, layer_change)
+    for name, values in change.others.items():
+        if name not in parameters or parameters[name].shape != values.shape:
+            raise ModelError(f"the change holds {name!r}, which the model has not in that shape")
     owners = _owners(model)
     model.requires_grad_(False)
     gates = LayerGates({}, Switch(), _apply_others(parameters, change.others, keep_base))
@@ -169,21 +176,19 @@ def _check(name: str, layers: dict[str, nn.Module], change: LowRank | Tensor) ->
 
 def _apply_others(
     parameters: dict[str, nn.Parameter], others: dict[str, Tensor], keep_base: bool
-) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    kept = {}
+) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
+    kept: dict[str, tuple[nn.Parameter, Tensor | None]] = {}
     for name, values in others.items():
-        if name not in parameters or parameters[name].shape != values.shape:
-            raise ModelError(f"the change holds {name!r}, which the model has not in that shape")
         parameter = parameters[name]
-        base = parameter.data
+        kept[name] = (parameter, parameter.data if keep_base else None)
         parameter.data = values.to(parameter.device, parameter.dtype)
-        kept[name] = (parameter, base if keep_base else None)
-    return kept  # type: ignore[return-value]
+    return kept
 
 
 def _exchange(gates: LayerGates) -> None:
     """The base's other values for the changed ones, or back; without a copy."""
     for name, (parameter, kept) in gates.others.items():
+        assert kept is not None
         gates.others[name] = (parameter, parameter.data)
         parameter.data = kept.to(parameter.device, parameter.dtype)
         # A graph that waits for its backward must not go on with other values.
