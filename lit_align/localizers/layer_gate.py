@@ -53,7 +53,8 @@ class LayerScores:
     @property
     def gates(self) -> dict[str, float]:
         """Layer → σ(s)."""
-        return {name: 1 / (1 + math.exp(-score)) for name, score in self.layers.items()}
+        scores = torch.tensor(list(self.layers.values()), dtype=torch.float64)
+        return dict(zip(self.layers, torch.sigmoid(scores).tolist(), strict=True))
 
     @property
     def saturated_share(self) -> float:
@@ -152,7 +153,11 @@ def layer_gate_mask(
     shapes = named_shapes(model_or_shapes)
     _check_same_model(found, shapes, base_fingerprint)
     sign = -1.0 if lowest else 1.0
-    ordered = {n: torch.tensor([sign * found.layers[n]]) for n in shapes if n in found.layers}
+    ordered = {
+        n: torch.tensor([sign * found.layers[n]], dtype=torch.float64)
+        for n in shapes
+        if n in found.layers
+    }
     chosen, cut = top_k(ordered, lambda total: ceil_share(ratio, total))
     selections = {
         n: Selection.all(s) if n in chosen and chosen[n].count() else Selection.none(s)

@@ -107,7 +107,7 @@ def test_a_task_model(kind, tmp_path):
 def test_a_task_model_of_another_shape_or_architecture(tiny_llama_dir, tmp_path):
     base = load(tiny_llama_dir)
     save_tiny_model(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(LocalizationError, match="LlamaForCausalLM and .* GPT2LMHeadModel"):
+    with pytest.raises(LocalizationError, match=r"LlamaForCausalLM and .* GPT2LMHeadModel"):
         read_change(tmp_path / "gpt2", base)
     config = tiny_model().config
     config.intermediate_size = 64
@@ -122,7 +122,7 @@ def test_nothing_changed_or_nothing_there(tiny_llama_dir, tmp_path):
         read_change(tiny_llama_dir, base)
     with pytest.raises(ModelError, match="no linear layer differs"):
         read_change(save_change(load(tiny_llama_dir), tmp_path / "same"), base)
-    with pytest.raises(ModelError, match="neither adapters .* nor a delta .* nor a model"):
+    with pytest.raises(ModelError, match=r"neither adapters .* nor a delta .* nor a model"):
         read_change(tmp_path, base)
 
 
@@ -136,7 +136,7 @@ def test_a_change_of_another_base_and_a_damaged_one(tiny_llama_dir, tmp_path):
     path = folder / "delta.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(DeltaError, match="delta.safetensors"):
+    with pytest.raises(DeltaError, match=r"delta\.safetensors"):
         read_change(folder, load(tiny_llama_dir))
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DeltaError, match="damaged"):
