@@ -21,9 +21,10 @@ from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.pipelines.allo import allo
 from lit_align.pipelines.alps import alps
 from lit_align.pipelines.bench import bench_command
-from lit_align.pipelines.commands import evaluate_files, export, localize
+from lit_align.pipelines.commands import evaluate_files, export
 from lit_align.pipelines.generate import generate_answers
 from lit_align.pipelines.ila import ila
+from lit_align.pipelines.localize import localize
 from lit_align.pipelines.mask_command import mask_command
 from lit_align.pipelines.token_weight_auc import token_weight_auc
 

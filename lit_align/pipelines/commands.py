@@ -1,4 +1,4 @@
-"""The smaller verbs of the command line: localize, evaluate, export."""
+"""The smaller verbs of the command line: evaluate, export."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from lit_align.compact import (
     save_adapters,
 )
 from lit_align.data import RowTokenizer
-from lit_align.errors import DataError, LocalizationError, TrainingError
+from lit_align.errors import DataError, TrainingError
 from lit_align.evaluation import evaluate
-from lit_align.language_model import load_language_model, resolve_model, save_language_model
-from lit_align.localizers import magnitude_scores, random_scores, select_by_weight_change
-from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
-from lit_align.masks.select import Granularity, Scope
+from lit_align.language_model import (
+    load_language_model,
+    save_language_model,
+)
+from lit_align.masks import ParameterMask
 from lit_align.modules.checkpointed import CHECKPOINT_KEY, PREFIX, read_checkpoint
 from lit_align.pipelines.rows import Row, RowReader, write_json
 from lit_align.pipelines.settings import DataKind
@@ -43,51 +44,6 @@ TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "exact_answer": ("final_answer",),
     "preference": (),
 }
-
-
-def localize(
-    model: str,
-    output: str,
-    method: Literal["weight_change", "random", "magnitude"] = "weight_change",
-    trained: str | None = None,
-    ratio: float = 0.1,
-    granularity: Granularity = "element",
-    scope: Scope = "global",
-    seed: int = 0,
-) -> None:
-    """A mask of key parameters from model folders.
-
-    For a mask by the gradient of a loss on data use `lit-align fit` with the callback
-    `KeyParameterLocalization` (`method: gradient`).
-
-    Args:
-        model: the base: local folder, hub id or alias.
-        output: file of the mask.
-        method: `weight_change` compares the base with `trained`.
-        trained: local folder, hub id or alias of the model after training, in fp32.
-        ratio: share of the units to select.
-        granularity: element, row, head or layer.
-        scope: rank all units together, or inside each parameter.
-        seed: for `random`.
-    """
-    base, _ = load_language_model(model)
-    settings: dict[str, Any] = {
-        "scope": scope,
-        "granularity": granularity,
-        "row_axes": conv1d_row_axes(base),
-        "heads": HeadLayout.from_model(base) if granularity == "head" else None,
-        "base_fingerprint": base.base_fingerprint,
-    }
-    if method == "weight_change":
-        if trained is None:
-            raise LocalizationError("method weight_change compares two models: give --trained")
-        folder = resolve_model(trained)
-        mask = select_by_weight_change(resolve_model(model), folder, ratio, **settings)
-    else:
-        scores = random_scores(base, seed) if method == "random" else magnitude_scores(base)
-        mask = select(scores, ratio, method=method, **settings)
-    mask.save(output)
-    print(f"{mask}: {output}")
 
 
 def evaluate_files(

@@ -10,7 +10,8 @@ from lit_align.compact import export_delta
 from lit_align.errors import DataError, DeltaError, MaskError, TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask
-from lit_align.pipelines.commands import evaluate_files, export, localize
+from lit_align.pipelines.commands import evaluate_files, export
+from lit_align.pipelines.localize import localize
 from lit_align.pipelines.training import inference_device
 from tests.tiny_models import save_tiny_model
 from tests.training_runs import random_mask
