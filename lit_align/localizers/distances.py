@@ -31,7 +31,7 @@ def wasserstein(base: Tensor, task: Tensor) -> Tensor:
     On a line it is the area between the two cumulative sums (Vallender, 1974): one pass, no sort.
     """
     # The last difference of the sums is that of two totals of 1, and no area lies behind it.
-    return (base - task).cumsum(-1)[..., :-1].abs().sum(-1)
+    return (base - task).cumsum_(-1)[..., :-1].abs_().sum(-1)
 
 
 def wasserstein_normalized(base: Tensor, task: Tensor) -> Tensor:

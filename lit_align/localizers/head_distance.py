@@ -28,10 +28,12 @@ from torch import Tensor
 from lit_align.errors import LocalizationError
 from lit_align.language_model import fingerprint
 from lit_align.localizers.distances import METRICS, Metric
+from lit_align.localizers.group_wasserstein import group_wasserstein
 from lit_align.localizers.same_model import check_same_architecture, check_same_tokenizer
-from lit_align.localizers.stored import StoredParameters, meta_model
+from lit_align.localizers.stored import meta_model
+from lit_align.localizers.stored_heads import K, Q, StoredHeads, V
 from lit_align.localizers.weight_change import check_cut
-from lit_align.masks import HeadLayout, ParameterMask, named_shapes
+from lit_align.masks import HeadLayout, ParameterMask
 from lit_align.masks.head_sets import (
     OtherWeights,
     Rounding,
@@ -39,9 +41,9 @@ from lit_align.masks.head_sets import (
     head_set_mask,
     top_heads,
 )
-from lit_align.masks.projections import Block, Projection
 
 Representation = Literal["projection", "qkv"]
+WASSERSTEIN = ("wasserstein", "wasserstein_normalized")
 SCORES = "head_scores"  # key in a mask's metadata: block index as text -> scores of its heads
 
 
@@ -141,24 +143,22 @@ def head_distance_scores(
         ModelError: a folder cannot be read.
     """
     _check_settings(representation, metric, tau)
-    model = meta_model(base_dir)
-    check_same_architecture(base_dir, model, task_dir)
+    check_same_architecture(base_dir, None, task_dir)
     check_same_tokenizer(base_dir, task_dir)
-    layout, shapes = HeadLayout.from_model(model), named_shapes(model)
-    names = dict.fromkeys(p.name for block in layout.blocks for p in block)
-    base, task = (StoredParameters(f, {n: shapes[n] for n in names}) for f in (base_dir, task_dir))
+    base, task = StoredHeads(base_dir), StoredHeads(task_dir)
+    _check_same_heads(base, task)
+    shared = representation == "qkv" and metric in WASSERSTEIN
+    score = _shared_scores if shared else _group_scores
     scores = {}
-    for index, block in enumerate(layout.blocks):
-        heads = zip(
-            _distributions(base, layout, block, representation, tau),
-            _distributions(task, layout, block, representation, tau),
-            strict=True,
-        )
-        scores[str(index)] = torch.stack([METRICS[metric](p, q) for p, q in heads])
+    for index in range(len(base.layout.blocks)):
+        groups = range(base.layout.num_kv_heads)
+        found = [score(base, task, index, g, representation, metric, tau) for g in groups]
+        scores[str(index)] = torch.cat(found)
         if not scores[str(index)].isfinite().all():
+            names = ", ".join(p.name for p in base.layout.blocks[index])
             raise LocalizationError(
-                f"the {metric} of the heads of block {layout.block_number(index)} is not finite: "
-                f"{', '.join(p.name for p in block)} hold NaN or infinity in one of the models"
+                f"the {metric} of the heads of block {base.layout.block_number(index)} is not "
+                f"finite: {names} hold NaN or infinity in one of the models"
             )
     return scores
 
@@ -197,30 +197,77 @@ def head_distance_mask(
     return settings.select(base_dir, task_dir, settings.scores(base_dir, task_dir), ratio)
 
 
-def _distributions(
-    stored: StoredParameters,
-    layout: HeadLayout,
-    block: Block,
+def _group_scores(
+    base: StoredHeads,
+    task: StoredHeads,
+    index: int,
+    group: int,
     representation: Representation,
+    metric: Metric,
     tau: float,
+) -> Tensor:
+    """Scores of the query heads of one group, (heads_per_group,) fp64."""
+    heads = zip(
+        _distributions(base, index, group, representation, tau),
+        _distributions(task, index, group, representation, tau),
+        strict=True,
+    )
+    return torch.stack([METRICS[metric](p, q) for p, q in heads])
+
+
+def _distributions(
+    stored: StoredHeads, index: int, group: int, representation: Representation, tau: float
 ) -> Iterator[Tensor]:
-    """The distribution of each query head of a block in turn, (N,) fp64."""
+    """The distribution of each query head of a group in turn, (N,) fp64."""
+    keys, values = (stored.read(index, part, group).double() for part in (K, V))
+    for head in stored.layout.query_heads(group):
+        queries = stored.read(index, Q, head).double()
+        if representation == "projection":
+            entries = queries.T @ (keys @ values.T)
+        else:
+            entries = torch.cat([queries, keys, values])
+        yield entries.flatten().div_(tau).softmax(0)
 
-    def read(projection: Projection, head: int) -> Tensor:  # (head_dim, hidden)
-        start, axis = projection.starts[head], projection.axis
-        rows = stored.read_rows(projection.name, start, layout.head_dim, axis)
-        return (rows if axis == 0 else rows.T).to(torch.float64)
 
-    q, k, v = block
-    for group in range(layout.num_kv_heads):
-        keys, values = read(k, group), read(v, group)
-        first = group * layout.heads_per_group
-        for head in range(first, first + layout.heads_per_group):
-            if representation == "projection":
-                entries = read(q, head).T @ (keys @ values.T)
-            else:
-                entries = torch.cat([read(q, head), keys, values])
-            yield entries.flatten().div_(tau).softmax(0)
+def _shared_scores(
+    base: StoredHeads,
+    task: StoredHeads,
+    index: int,
+    group: int,
+    representation: Representation,
+    metric: Metric,
+    tau: float,
+) -> Tensor:
+    """`_group_scores` of `qkv` by a Wasserstein metric: what heads share is computed once."""
+
+    def pair(part: int, head: int) -> tuple[Tensor, Tensor]:
+        first, second = (stored.read(index, part, head).flatten() for stored in (base, task))
+        return first, second
+
+    queries = (pair(Q, head) for head in base.layout.query_heads(group))
+    shared = [pair(K, group), pair(V, group)]
+    found = group_wasserstein(queries, shared, tau)
+    if found is None:
+        return _group_scores(base, task, index, group, representation, metric, tau)
+    scores = torch.tensor(found, dtype=torch.float64)
+    if metric == "wasserstein_normalized":
+        scores /= 3 * shared[0][0].numel() - 1
+    return scores
+
+
+def _check_same_heads(base: StoredHeads, task: StoredHeads) -> None:
+    """Check that the files hold the same projections, whatever prefix their names have."""
+    counts = [len(stored.layout.blocks) for stored in (base, task)]
+    if counts[0] != counts[1]:
+        raise LocalizationError(
+            f"{base.folder} has {counts[0]} blocks with attention and {task.folder} {counts[1]}"
+        )
+    for (name, shape), (other, found) in zip(base.shapes.items(), task.shapes.items(), strict=True):
+        if shape != found:
+            raise LocalizationError(
+                f"{name!r} has shape {shape} in {base.folder} and {other!r} {found} in "
+                f"{task.folder}"
+            )
 
 
 def _check_settings(representation: str, metric: str, tau: float) -> None:

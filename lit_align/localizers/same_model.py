@@ -23,22 +23,23 @@ TOKENIZER_FILES = (
 
 
 def check_same_architecture(
-    base_dir: str | Path, base_model: nn.Module, task_dir: str | Path
+    base_dir: str | Path, base_model: nn.Module | None, task_dir: str | Path
 ) -> None:
     """Check that a task model has the type of the base and its parameters' names and shapes.
 
     Args:
         base_dir: folder of the base, for the message.
-        base_model: its model, with or without values.
+        base_model: its model, with or without values; None: it is made where it is needed.
         task_dir: folder of the task model.
 
     Raises:
         LocalizationError: names both types, or the first parameter that differs.
         ModelError: the folder has no config of a causal language model.
     """
-    task_config = read_config(task_dir)
-    if _described(task_config) == _described(base_model.config):
+    base_config = read_config(base_dir) if base_model is None else base_model.config
+    if _described(base_config) == _described(read_config(task_dir)):
         return
+    base_model = meta_model(base_dir) if base_model is None else base_model
     task_model = meta_model(task_dir)
     kinds = [type(model).__name__ for model in (base_model, task_model)]
     if kinds[0] != kinds[1]:

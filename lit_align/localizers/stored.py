@@ -137,6 +137,23 @@ def read_config(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: no config of a causal language model: {error}") from error
 
 
+def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a folder's safetensors, blocks in the order of their numbers.
+
+    The names are those of the files, which need not be those of the model's parameters.
+
+    Raises:
+        ModelError: the folder has no safetensors, or a file is damaged.
+    """
+    found = _inspect(Path(folder))
+    return {name: found[name][1] for name in sorted(found, key=_by_number)}
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    """So that layers.10 comes after layers.9."""
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in name.split(".")]
+
+
 def _inspect(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     """Key -> file, shape and dtype of every tensor, from the headers alone."""
     stored = {}

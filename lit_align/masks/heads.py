@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_align.errors import MaskError
 from lit_align.masks.granularity import Selection
+from lit_align.masks.parameter_mask import named_shapes
 from lit_align.masks.projections import Block, HeadCounts, find_blocks
 from lit_align.masks.table import split_name
 from lit_align.masks.units import row_sums
@@ -47,13 +49,23 @@ class HeadLayout:
         Raises:
             MaskError: no such attention, or its shapes are not what the config says.
         """
-        counts = HeadCounts.of_model(model)
-        return cls(counts.q, counts.kv, counts.dim, find_blocks(model, counts))
+        config: Any = model.config
+        return cls.from_shapes(config, named_shapes(model))
+
+    @classmethod
+    def from_shapes(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> HeadLayout:
+        """Of a model's config and its parameters' names and shapes; raises as `from_model` does."""
+        counts = HeadCounts.of_config(config)
+        return cls(counts.q, counts.kv, counts.dim, find_blocks(config, shapes))
 
     @property
     def total_heads(self) -> int:
         """Query heads of all blocks."""
         return self.num_heads * len(self.blocks)
+
+    def query_heads(self, group: int) -> range:
+        """The query heads that share one key-value head."""
+        return range(group * self.heads_per_group, (group + 1) * self.heads_per_group)
 
     def block_number(self, index: int) -> int:
         """The transformer block that the attention of that index stands in."""

@@ -11,26 +11,30 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
 
 from lit_align.errors import MaskError
 
 Order = Literal["stacked", "grouped"]
-# Name of the fused module → the model types whose row order is known.
+# Name of the fused module → the model types whose row order is known, and the axis of the rows.
 # stacked: q of all heads, then k, then v. grouped: for each key-value head its q heads, k and v;
 # where every head has its own k and v, that is q, k, v head by head.
-FUSED: dict[str, dict[str, Order]] = {
-    "c_attn": {"gpt2": "stacked", "openai-gpt": "stacked", "gpt_bigcode": "grouped"},
-    "qkv_proj": {"phi3": "stacked"},
-    "query_key_value": {
-        "gpt_neox": "grouped",
-        "gpt_neox_japanese": "grouped",
-        "bloom": "grouped",
-        "falcon": "grouped",
-        "persimmon": "grouped",
+FUSED: dict[str, dict[str, tuple[Order, int]]] = {
+    "c_attn": {
+        "gpt2": ("stacked", 1),  # a Conv1D, as OpenAI GPT's
+        "openai-gpt": ("stacked", 1),
+        "gpt_bigcode": ("grouped", 0),
     },
-    "Wqkv": {"mpt": "stacked"},
+    "qkv_proj": {"phi3": ("stacked", 0)},
+    "query_key_value": {
+        "gpt_neox": ("grouped", 0),
+        "gpt_neox_japanese": ("grouped", 0),
+        "bloom": ("grouped", 0),
+        "falcon": ("grouped", 0),
+        "persimmon": ("grouped", 0),
+    },
+    "Wqkv": {"mpt": ("stacked", 0)},
 }
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +68,16 @@ class HeadCounts:
     dim: int
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> HeadCounts:
-        """As the model's config says.
+    def of_config(cls, config: Any) -> HeadCounts:
+        """As a model's config says.
 
         Raises:
             MaskError: the config has no attention heads, or they do not fall into groups.
         """
-        config: Any = model.config
         num_heads = getattr(config, "num_attention_heads", None)
         if num_heads is None:
             raise MaskError(
-                f"{type(model).__name__} has no attention heads: its config lacks "
+                f"{_model_type(config)} has no attention heads: its config lacks "
                 "num_attention_heads; choose elements, rows or layers"
             )
         num_kv = getattr(config, "num_key_value_heads", None)
@@ -95,31 +98,36 @@ class HeadCounts:
         return [self.q * self.dim, self.kv * self.dim, self.kv * self.dim]
 
 
-def find_blocks(model: nn.Module, counts: HeadCounts) -> tuple[Block, ...]:
-    """(q, k, v) of every block that has attention, in model order.
+def find_blocks(config: Any, shapes: Shapes) -> tuple[Block, ...]:
+    """(q, k, v) of every block that has attention, in the order of the parameters.
+
+    Args:
+        config: of the model.
+        shapes: parameter name -> shape.
 
     Raises:
         MaskError: no attention whose heads can be told apart, or shapes that contradict the config.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    counts = HeadCounts.of_config(config)
     blocks = []
-    for path, _ in model.named_modules():
-        block = _separate(path, shapes, counts) or _fused(path, model, shapes, counts)
-        if block is not None:
-            blocks.append(block)
+    for name in shapes:
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if not name.endswith(".weight"):
+            continue
+        if leaf == "q_proj":
+            blocks.append(_separate(path, shapes, counts))
+        elif leaf in FUSED:
+            blocks.append(_fused(path, leaf, _model_type(config), shapes, counts))
     if not blocks:
         raise MaskError(
-            f"{type(model).__name__} has neither q_proj, k_proj and v_proj nor "
-            f"{', '.join(FUSED)}: its attention heads cannot be told apart; choose elements, rows "
-            "or layers"
+            f"{_model_type(config)} has neither q_proj, k_proj and v_proj nor {', '.join(FUSED)}: "
+            "its attention heads cannot be told apart; choose elements, rows or layers"
         )
     return tuple(blocks)
 
 
-def _separate(path: str, shapes: Mapping[str, tuple[int, ...]], counts: HeadCounts) -> Block | None:
+def _separate(path: str, shapes: Shapes, counts: HeadCounts) -> Block:
     q, k, v = (f"{path}.{letter}_proj.weight" for letter in "qkv")
-    if q not in shapes:
-        return None
     if k not in shapes or v not in shapes:
         raise MaskError(
             f"{path} has q_proj but not both k_proj and v_proj: its heads cannot be told apart"
@@ -133,26 +141,15 @@ def _separate(path: str, shapes: Mapping[str, tuple[int, ...]], counts: HeadCoun
     )
 
 
-def _fused(
-    path: str, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], counts: HeadCounts
-) -> Block | None:
-    from transformers.pytorch_utils import Conv1D  # here: masks alone need no transformers
-
-    module_name = path.rpartition(".")[2]
-    name = f"{path}.weight"
-    if module_name not in FUSED or name not in shapes:
-        return None
-    config: Any = model.config
-    model_type = getattr(config, "model_type", "")
-    order = FUSED[module_name].get(model_type)
-    if order is None:
+def _fused(path: str, leaf: str, model_type: str, shapes: Shapes, counts: HeadCounts) -> Block:
+    if model_type not in FUSED[leaf]:
         raise MaskError(
-            f"{path}: how {model_type!r} orders q, k and v in {module_name} is not known (it is of "
-            f"{', '.join(FUSED[module_name])}), so its heads cannot be told apart"
+            f"{path}: how {model_type!r} orders q, k and v in {leaf} is not known (it is of "
+            f"{', '.join(FUSED[leaf])}), so its heads cannot be told apart"
         )
-    axis = 1 if isinstance(model.get_submodule(path), Conv1D) else 0
+    order, axis = FUSED[leaf][model_type]
+    name = f"{path}.{leaf}.weight"
     _check_rows(path, [shapes[name][axis]], [sum(counts.rows)])
-    # GPTBigCode with one key-value head is the same either way: q of all heads, then k, then v.
     starts = _stacked_starts(counts) if order == "stacked" else _grouped_starts(counts)
     q, k, v = (Projection(name, axis, each) for each in starts)
     return q, k, v
@@ -176,6 +173,10 @@ def _grouped_starts(counts: HeadCounts) -> tuple[tuple[int, ...], ...]:
 
 def _starts(first: int, heads: int, head_dim: int) -> tuple[int, ...]:
     return tuple(range(first, first + heads * head_dim, head_dim))
+
+
+def _model_type(config: Any) -> str:
+    return getattr(config, "model_type", "") or type(config).__name__
 
 
 def _check_rows(path: str, found: list[int], expected: list[int]) -> None:

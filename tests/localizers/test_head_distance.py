@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from lit_align.errors import LocalizationError, MaskError, ModelError
 from lit_align.localizers import HeadDistance, head_distance_mask, head_distance_scores
-from lit_align.localizers import head_distance as module
 from lit_align.localizers.distances import METRICS
+from lit_align.localizers.stored import StoredParameters
 from lit_align.masks import HeadLayout, ParameterMask
 from tests.attention_models import save_pair
 
@@ -99,7 +99,9 @@ def test_every_metric_equals_the_oracle(name, representation, pairs):
             assert list(scores) == ["0", "1"]
             expected = [oracle(metric, *pair) for pair in heads]
             found = scores[str(block)].numpy()
-            np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=metric)
+            in_fp32 = representation == "qkv" and metric.startswith("wasserstein")
+            rtol = 1e-6 if in_fp32 else 1e-9
+            np.testing.assert_allclose(found, expected, rtol=rtol, err_msg=metric)
 
 
 @pytest.mark.parametrize("tau", [0.25, 4.0])
@@ -153,15 +155,15 @@ def test_only_the_rows_that_are_compared_are_read(pairs, monkeypatch):
     """One head at a time: no read is larger than a head's rows of one projection."""
     base_dir, task_dir, *_ = pairs("gpt_neox")
     sizes = []
-    read_rows = module.StoredParameters.read_rows
+    read_rows = StoredParameters.read_rows
 
     def spy(self, *args):
         rows = read_rows(self, *args)
         sizes.append(rows.numel())
         return rows
 
-    monkeypatch.setattr(module.StoredParameters, "read_rows", spy)
-    monkeypatch.setattr(module.StoredParameters, "read", None)
+    monkeypatch.setattr(StoredParameters, "read_rows", spy)
+    monkeypatch.setattr(StoredParameters, "read", None)
     head_distance_scores(base_dir, task_dir)
     assert set(sizes) == {HEAD_DIM * 32} and len(sizes) == 2 * 2 * 3 * HEADS
 

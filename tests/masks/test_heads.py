@@ -81,5 +81,5 @@ def test_what_cannot_be_done_is_refused():
 def test_a_model_without_known_attention_is_refused():
     model = nn.Linear(4, 4)
     model.config = tiny_model("llama").config
-    with pytest.raises(MaskError, match="Linear has neither"):
+    with pytest.raises(MaskError, match="llama has neither"):
         HeadLayout.from_model(model)
