@@ -91,7 +91,8 @@ def gate(
         weight = parameters[name]
         shared = Gate(name, change.layers[name], gates.switch)
         shared.move_to(weight.device, weight.dtype)
-        score = nn.Parameter(torch.full((), initial_score, device=weight.device))
+        start = torch.full((), initial_score, dtype=torch.float32, device=weight.device)
+        score = nn.Parameter(start)
         users = [m for m, attribute in owners[id(weight)] if attribute == "weight"]
         if len(users) < len(owners[id(weight)]):
             raise ModelError(f"{name} is also used as another parameter: it cannot be gated")

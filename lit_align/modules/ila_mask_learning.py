@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from transformers import get_scheduler
 
 from lit_align.batch import PackedBatch
 from lit_align.compact.change import change_checksum, read_change
-from lit_align.compact.gates import LayerGates, closed_gates, gate, layer_gates
+from lit_align.compact.gates import LayerGates, closed_gates, gate, layer_gates, weight_shapes
 from lit_align.errors import TrainingError
 from lit_align.localizers.layer_gate import LayerScores
 from lit_align.masks.linear_layers import linear_layers
@@ -24,6 +25,7 @@ from lit_align.modules.sft import SupervisedFineTuning
 
 Loss = Literal["sft", "dpo"]
 ScoreOptimizer = Literal["gradient_descent", "adamw"]
+LEARNING_RATES = {"gradient_descent": 100.0, "adamw": 0.05}
 SCORES_FILE = "scores.json"
 
 
@@ -45,7 +47,7 @@ class ILAMaskLearning(LanguageModelModule):
         budget: float | None = None,
         budget_weight: float = 1.0,
         optimizer: ScoreOptimizer = "gradient_descent",
-        learning_rate: float = 100.0,
+        learning_rate: float | None = None,
         lr_scheduler: str = "constant",
         warmup_ratio: float = 0.0,
         scores: str | None = None,
@@ -65,8 +67,8 @@ class ILAMaskLearning(LanguageModelModule):
             optimizer: of the scores; the paper's gradient descent, whose ranking follows the size
                 of the gradients and hardly the learning rate. AdamW divides that size away: layers
                 are then ranked by how steady their gradient is.
-            learning_rate: of the scores; large, since σ'(4) = 0.018 makes their gradients small:
-                in 128 steps scores move by some tenths on average.
+            learning_rate: of the scores; default 100 (0.05 for adamw): large, since σ'(4) = 0.018
+                makes their gradients small. In 128 steps scores move by some tenths on average.
             lr_scheduler: a name that `transformers.get_scheduler` knows.
             warmup_ratio: share of all steps with linear warm-up.
             scores: file for the scores; default `scores.json` in the run's folder.
@@ -83,6 +85,7 @@ class ILAMaskLearning(LanguageModelModule):
             raise TrainingError(
                 "ILAMaskLearning trains nothing but scores: give the adapters' folder as change"
             )
+        learning_rate = LEARNING_RATES[optimizer] if learning_rate is None else learning_rate
         schedule = {"lr_scheduler": lr_scheduler, "warmup_ratio": warmup_ratio}
         super().__init__(model, learning_rate=learning_rate, **schedule, **settings)
         self.save_hyperparameters()
@@ -117,6 +120,11 @@ class ILAMaskLearning(LanguageModelModule):
     def gates(self) -> LayerGates:
         """The gates, once the model is loaded."""
         return layer_gates(self.model)
+
+    def trained_share(self) -> float:
+        """Scores, as a share of the base's parameters."""
+        total = sum(math.prod(shape) for shape in weight_shapes(self.model).values())
+        return len(self.gates.modules) / total
 
     def reference_per_token_logps(self, batch: PackedBatch) -> Tensor | None:
         """(N,) log-probs of the base: from the batch, or with all gates closed."""
