@@ -199,8 +199,9 @@ def test_a_copy_has_adapters_of_its_own():
 # ---- which layers --------------------------------------------------------------------------------
 
 
-def layer_mask(*names, partly=()):
-    shapes = named_shapes(tiny_model())
+def layer_mask(*names, partly=(), like=None):
+    """A mask of whole layers of the tiny model, or of the one in the folder `like`."""
+    shapes = named_shapes(tiny_model() if like is None else load_language_model(like)[0])
     kinds = {n: Selection.all if n in names else Selection.none for n in shapes}
     selections = {n: kinds[n](shape) for n, shape in shapes.items()}
     for name in partly:
