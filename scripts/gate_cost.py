@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lit_align.batch import PackedBatch
 from lit_align.compact.change import Change, LowRank
-from lit_align.compact.gated_layers import linear
+from lit_align.compact.gated_products import linear
 from lit_align.compact.gates import closed_gates, gate, layer_gates
 from lit_align.language_model import load_language_model
 from lit_align.masks.linear_layers import linear_layers

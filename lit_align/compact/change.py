@@ -98,7 +98,7 @@ def read_change(folder: str | Path, model: nn.Module) -> Change:
     if (folder / ADAPTER_FILE).is_file():
         from lit_align.compact.adapter_files import load_adapters  # they import LowRank
 
-        found = Change(load_adapters(folder, model), {})
+        found = Change(dict(load_adapters(folder, model)), {})
     elif (folder / DELTA_FILE).is_file():
         found = _of_delta(folder / DELTA_FILE, model)
     elif (folder / "config.json").is_file():

@@ -1,26 +1,20 @@
-"""Module classes whose forward applies a frozen change under a gate: θ_0 + γ·Δθ (ILA).
-
-Shapes: x (..., in), y (..., out), weight and change (out, in) in nn.Linear and (in, out) in GPT-2's
-Conv1D; T = product of the leading dimensions. γ is a scalar, the only thing that gets a gradient
-beside x.
-"""
+"""Module classes whose forward applies a frozen change under a gate: θ_0 + γ·Δθ (ILA)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lit_align.compact.change import LowRank
+from lit_align.compact.gated_products import gated_product, gated_weight
 from lit_align.compact.restrict import head_handle
-from lit_align_kernels.products import add_product, product
 from lit_align_kernels.token_logprobs import WeightHandle
 
 GATE = "_gate"  # attribute of a module: its Gate
@@ -58,115 +52,6 @@ class Gate:
             self.change = LowRank(a, b, change.scale)
 
 
-class _Merged(torch.autograd.Function):
-    """W + γΔ for code that takes a weight; dγ = <dW, Δ>."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, change: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(change)
-        return merged(weight, change, gate)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (change,) = ctx.saved_tensors
-        return None, None, _inner(grad, change)
-
-
-class _FullChange(torch.autograd.Function):
-    """y = x (W + γΔ)ᵀ + b; the merged weight exists during the product alone.
-
-    Backward: v = dY Δ, dγ = <v, x>, dX = dY W + γ v: three products instead of two.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        change: Tensor,
-        gate: Tensor,
-        transposed: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, change, gate)
-        ctx.transposed = transposed
-        both = merged(weight, change, gate)
-        return linear(x, both.t() if transposed else both, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, change, gate = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        weight, change = weight.to(grad.dtype), change.to(grad.dtype)
-        if ctx.transposed:
-            weight, change = weight.t(), change.t()
-        v = product(flat, change)
-        grad_gate = _inner(v, x.reshape(v.shape))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            v.mul_(gate)
-            add_product(v, flat, weight)
-            grad_x = v.view(x.shape).to(x.dtype)
-        return grad_x, None, None, None, grad_gate, None
-
-
-class _LowRankChange(torch.autograd.Function):
-    """y = x Wᵀ + b + γ·scale·h Bᵀ with h = x Aᵀ; dγ = scale·<dY B, h>. Of x nothing is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        change: LowRank,
-        gate: Tensor,
-        transposed: bool,
-    ) -> Tensor:
-        y = linear(x, weight.t() if transposed else weight, bias)
-        h = linear(x, change.a).reshape(-1, change.a.shape[0])
-        ctx.save_for_backward(h, weight, change.a, change.b, gate)
-        ctx.scale, ctx.transposed, ctx.x = change.scale, transposed, (x.shape, x.dtype)
-        add_product(y.view(-1, y.shape[-1]), h * (gate * change.scale), change.b.to(y.dtype).t())
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, a, b, gate = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_h = product(flat, b.to(grad.dtype))
-        grad_gate = _inner(grad_h, h) * ctx.scale
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            weight = weight.to(grad.dtype)
-            grad_x = product(flat, weight.t() if ctx.transposed else weight)
-            add_product(grad_x, grad_h * (gate * ctx.scale), a.to(grad.dtype))
-            shape, dtype = ctx.x
-            grad_x = grad_x.view(shape).to(dtype)
-        return grad_x, None, None, None, grad_gate, None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X Wᵀ + b inside an autograd function, by the faster library where autocast leaves it fp32."""
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    y = product(x, weight.t())
-    return y if bias is None else y.add_(bias)
-
-
-def merged(weight: Tensor, change: Tensor, gate: Tensor) -> Tensor:
-    """W + γΔ, a new tensor."""
-    return torch.addcmul(weight, change, gate.to(weight.dtype))
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> in fp32, scalar."""
-    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
-
-
 class GatedModule(nn.Module):
     """Mixin of every module whose weight stands under a gate."""
 
@@ -190,11 +75,12 @@ class GatedModule(nn.Module):
             return hidden, head_handle(self)
         change, gate, weight = gate_of(self).change, self.gate(), self._parameters["weight"]
         bias = self._parameters.get("bias")
+        assert weight is not None
         if isinstance(change, Tensor):
-            return hidden, WeightHandle(_Merged.apply(weight, change, gate), bias=bias)
+            return hidden, WeightHandle(gated_weight(weight, change, gate), bias=bias)
         a, b = change.a.to(hidden.dtype), change.b
         h = F.linear(hidden, a) * (gate * change.scale).to(hidden.dtype)
-        joined = torch.cat([weight.detach(), b], dim=1)  # type: ignore[union-attr]
+        joined = torch.cat([weight.detach(), b], dim=1)
         return torch.cat([hidden, h.to(hidden.dtype)], dim=1), WeightHandle(joined, bias=bias)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
@@ -221,8 +107,9 @@ class GatedLinear(GatedModule):
         if self.is_closed():
             return super().forward(x)
         change, weight = gate_of(self).change, self._parameters["weight"]
-        function = _FullChange if isinstance(change, Tensor) else _LowRankChange
-        return function.apply(x, weight, self.bias, change, self.gate(), self._is_transposed)
+        bias = self._parameters.get("bias")
+        assert weight is not None
+        return gated_product(x, weight, bias, change, self.gate(), self._is_transposed)
 
 
 class GatedConv1D(GatedLinear):
@@ -254,7 +141,7 @@ class GatedWeight(GatedModule):
         """W + γΔ."""
         weight, change = self._parameters["weight"], gate_of(self).change
         assert isinstance(change, Tensor) and weight is not None
-        return weight if self.is_closed() else _Merged.apply(weight, change, self.gate())
+        return weight if self.is_closed() else gated_weight(weight, change, self.gate())
 
 
 def gate_of(module: nn.Module) -> Gate:
@@ -286,6 +173,7 @@ def _gated_class(original: type[nn.Module], base: type[GatedModule]) -> type[nn.
 
 def make_gated(module: nn.Module, gate: Gate, score: nn.Parameter) -> None:
     """Change the class of a module, whose weight stands under a gate from now on."""
-    module.__class__ = _gated_class(type(module), _gated_base(module))
+    original, base = cast(Any, type(module)), cast(Any, _gated_base(module))
+    module.__class__ = _gated_class(original, base)
     module.__dict__[GATE] = gate
     module.register_parameter(SCORE, score)

@@ -86,8 +86,13 @@ class ILAMaskLearning(LanguageModelModule):
                 "ILAMaskLearning trains nothing but scores: give the adapters' folder as change"
             )
         learning_rate = LEARNING_RATES[optimizer] if learning_rate is None else learning_rate
-        schedule = {"lr_scheduler": lr_scheduler, "warmup_ratio": warmup_ratio}
-        super().__init__(model, learning_rate=learning_rate, **schedule, **settings)
+        super().__init__(
+            model,
+            learning_rate=learning_rate,
+            lr_scheduler=lr_scheduler,
+            warmup_ratio=warmup_ratio,
+            **settings,
+        )
         self.save_hyperparameters()
         of_loss: LanguageModelModule = (
             SupervisedFineTuning(model) if loss == "sft" else MaskedDPO(model, beta=beta)
