@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
 from lit_align.callbacks import KeyParameterLocalization, LogpsWriter
+from lit_align.compact import AdapterSettings, trainable
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
 from tests.training_runs import (
     MemoryLogger,
@@ -28,9 +30,30 @@ OBJECTIVES = {
     "sft": (SupervisedFineTuning, {}, instructions, sft_rows),
     "dpo": (MaskedDPO, {}, preferences, preference_rows),
     "swap": (MaskedDPO, {"reference": "swap"}, preferences, preference_rows),
+    "lora": (
+        MaskedDPO,
+        {"adapter": AdapterSettings(rank=4, dropout=0.0), "reference": "swap"},
+        preferences,
+        preference_rows,
+    ),
+    "adalora": (
+        SupervisedFineTuning,
+        {"adapter": AdapterSettings("adalora", rank=4, dropout=0.0)},
+        instructions,
+        sft_rows,
+    ),
     "npo": (TokenWeightedNPO, {"retain": "nll"}, unlearning, unlearning_rows),
 }
 NUM_ROWS = 9  # in global batches of four: the last one leaves the second rank without a row
+
+
+class StartingValues(Callback):
+    """Adapters of the same values in every run, however many numbers were drawn before."""
+
+    def on_train_start(self, trainer, pl_module):
+        g = torch.Generator().manual_seed(0)
+        for _, parameter in trainable(pl_module.model):
+            parameter.data.copy_(0.03 * torch.randn(parameter.shape, generator=g))
 
 
 def written_bytes() -> int:
@@ -40,14 +63,15 @@ def written_bytes() -> int:
 
 
 def run(objective: str, model: str, mask: str, out: str, world_size: int) -> None:
-    """Fit and predict; without a mask, one is made from gradient scores."""
+    """Fit and predict; without a mask, one is made from gradient scores; adapters take none."""
     folder = Path(out)
     kind, settings, data, rows = OBJECTIVES[objective]
-    given = (
-        KeyParameterLocalization(mask=mask)
-        if mask
-        else KeyParameterLocalization("gradient", num_batches=3)
-    )
+    if "adapter" in settings:
+        given = StartingValues()
+    elif mask:
+        given = KeyParameterLocalization(mask=mask)
+    else:
+        given = KeyParameterLocalization("gradient", num_batches=3)
     log = MemoryLogger()
     trained = trainer(
         folder, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=2,
@@ -62,8 +86,8 @@ def run(objective: str, model: str, mask: str, out: str, world_size: int) -> Non
     figures = {
         "steps": trained.global_step,
         "written_bytes": written_bytes() - before,
-        "selected": module.mask.count(),
-        "mask": module.mask.digest,
+        "selected": sum(p.numel() for _, p in trainable(module.model)),
+        "mask": None if module.mask is None else module.mask.digest,
     }
     if trained.global_rank == 0:  # each later logged value is the same on every rank
         figures |= {n: log.values(n) for n in ("loss", "grad_norm", "eval_loss", "num_tokens")}
