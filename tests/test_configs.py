@@ -38,6 +38,11 @@ SMALL_ILA = {
     "stage2.batch_size": 4, "use.batch_size": 4, "use.epochs": 1, "use.baselines": "[]",
     "use.top": "[0.3]", "data.validation_fraction": 0.2,
 }  # fmt: skip
+ALPS = ["alps.yaml", "alps_tiny.yaml"]
+SMALL_ALPS = {
+    "run.accelerator": "cpu", "train.epochs": 1, "train.batch_size": 4, "train.learning_rate": 1e-3,
+    "compare.baselines": "[random, lora]", "compare.lora.rank": 2, "data.validation_fraction": 0.2,
+}  # fmt: skip
 SMALL = {
     "data.train_rows": 5, "data.held_out_rows": 2, "run.accelerator": "cpu",
     "sft.max_steps": 1, "sample.num_samples": 3, "sample.max_new_tokens": 8,
@@ -66,7 +71,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_config_is_run_here():
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*FIT, *ALLO, *ILA}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*FIT, *ALLO, *ILA, *ALPS}
 
 
 @pytest.mark.parametrize("name", FIT)
@@ -94,6 +99,15 @@ def test_ila(name, workplace, tiny_llama_dir):
     main(["ila", "--config", f"configs/{name}", *options])
     found = json.loads(Path("run/results.json").read_text("utf-8"))["variants"]
     assert set(found) == {"top_30", "freeze_25"}
+
+
+@pytest.mark.parametrize("name", ALPS)
+def test_alps(name, workplace, tiny_llama_dir):
+    options = [f"--{setting}={value}" for setting, value in SMALL_ALPS.items()]
+    options += ["--model", str(tiny_llama_dir), "--output", "run"]
+    main(["alps", "--config", f"configs/{name}", *options])
+    found = json.loads(Path("run/results.json").read_text("utf-8"))["variants"]
+    assert set(found) == {"alps", "random", "lora"}
 
 
 def test_commented_ways_of_the_callback_work(workplace, tiny_llama_dir):
