@@ -10,7 +10,9 @@ from lit_align.compact.adapters import (
     save_adapters,
     without_adapters,
 )
+from lit_align.compact.change import Change, LowRank, read_change, save_change
 from lit_align.compact.delta import Delta, apply_delta, export_delta, merge, revert_delta
+from lit_align.compact.gates import LayerGates, closed_gates, gate, layer_gates, open_gates
 from lit_align.compact.reference import reference_policy
 from lit_align.compact.restrict import head_handle, head_inputs, restrict
 from lit_align.compact.state import links
@@ -19,23 +21,32 @@ from lit_align.compact.write_through import sync
 
 __all__ = [
     "AdapterSettings",
+    "Change",
     "Delta",
+    "LayerGates",
+    "LowRank",
     "add_adapters",
     "apply_adapters",
     "apply_delta",
+    "closed_gates",
     "export_delta",
+    "gate",
     "has_adapters",
     "head_handle",
     "head_inputs",
+    "layer_gates",
     "links",
     "load_adapters",
     "load_trainable",
     "merge",
     "merge_adapters",
+    "open_gates",
+    "read_change",
     "reference_policy",
     "restrict",
     "revert_delta",
     "save_adapters",
+    "save_change",
     "sync",
     "trainable",
     "without_adapters",

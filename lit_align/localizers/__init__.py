@@ -7,6 +7,7 @@ from lit_align.localizers.head_distance import (
     head_distance_mask,
     head_distance_scores,
 )
+from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_scores
 from lit_align.localizers.lazy import LazyScores
 from lit_align.localizers.weight_change import (
     check_cut,
@@ -16,13 +17,16 @@ from lit_align.localizers.weight_change import (
 
 __all__ = [
     "HeadDistance",
+    "LayerScores",
     "LazyScores",
     "check_cut",
     "gradient_scores",
     "head_distance_mask",
     "head_distance_scores",
+    "layer_gate_mask",
     "magnitude_scores",
     "random_scores",
+    "read_scores",
     "select_by_weight_change",
     "weight_change_scores",
 ]
