@@ -20,8 +20,8 @@ class StopWhenStable(lightning.Callback):
     The expected loss is estimated by the mean training loss of a moving window; its change a step
     is that of two neighbouring windows over the window's length. Of "for all t > T" can be seen
     what has happened: it must hold for a whole window of steps. Steps on which the learning rate
-    still rose do not count, since a model that hardly learns is stable too. So the earliest stop is
-    3 · window − 1 steps after the warm-up.
+    still rose (the first always) do not count, since a model that hardly learns is stable too. So
+    the earliest stop is 3 · window − 1 steps after those.
 
     Attributes:
         stable_at: the step at which the fit was found stable, or None.

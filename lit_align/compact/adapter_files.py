@@ -42,7 +42,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty and holds no adapters; not replaced")
-    config = copy.deepcopy(state.tuner.peft_config[ADAPTER])
+    config: Any = copy.deepcopy(state.tuner.peft_config[ADAPTER])
     config.inference_mode = True
     if state.settings.kind == "adalora":
         config.rank_pattern = None  # ranks that are gone stand as zeros in E

@@ -122,8 +122,9 @@ class AdaptedLayer(nn.Module):
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Layer name → peft's layer."""
-    modules: Any = adapter_state(model).modules
-    return {name: model.get_submodule(path) for name, path in modules.items()}
+    found: Any = adapter_state(model).modules.items()
+    layers: dict[str, Any] = {name: model.get_submodule(path) for name, path in found}
+    return layers
 
 
 @functools.cache
@@ -136,7 +137,8 @@ def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
 def make_adapted(module: nn.Module) -> None:
     """Change the class of one of peft's layers, and hold its adapter in fp32."""
     adapted: Any = module
-    adapted.__class__ = _adapted_class(type(module))
+    original: Any = type(module)
+    adapted.__class__ = _adapted_class(original)
     for parameter in adapted._adapter_parameters():
         parameter.data = parameter.data.float()
     if hasattr(module, "ranknum"):  # over 16-bit weights, peft lets the count itself train

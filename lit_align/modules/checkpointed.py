@@ -85,7 +85,7 @@ class CheckpointedModule(LoggedModule):
         self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
         self.logged_step = int(checkpoint["global_step"])
 
-    def _identity(self) -> dict[str, str | None]:
+    def _identity(self) -> dict[str, Any]:
         return {
             "base_fingerprint": getattr(self.model, "base_fingerprint", None),
             "mask_digest": None if self.mask is None else self.mask.digest,
