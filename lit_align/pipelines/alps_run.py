@@ -23,7 +23,7 @@ LABELS = {
     "no_attention": "no attention head",
     "alps": "ALPS",
     "random": "random heads",
-    "layer_consistent": "random heads, as many in every block",
+    "layer_consistent": "layer-consistent random heads",
     "lora": "LoRA on q, k and v",
 }
 DRAWN = ("random", "layer_consistent")  # the heads of these depend on the seed
