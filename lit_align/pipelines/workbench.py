@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lit_align.errors import MaskError
 from lit_align.files import write_atomically
+from lit_align.localizers.head_distance import SCORES
 from lit_align.localizers.layer_gate import read_scores
 from lit_align.masks import ParameterMask
 from lit_align.masks.compare import Comparison, compare_masks
@@ -29,6 +30,7 @@ from lit_align.report.mask_figures import (
     jaccard_figure,
     layer_figure,
     mask_figures,
+    stored_scores,
 )
 from lit_align.report.mask_tables import (
     block_table,
@@ -41,7 +43,7 @@ from lit_align.report.mask_tables import (
 from lit_align.report.tables import format_cell, printable
 
 Operation = Literal["and", "or", "minus", "invert"]
-Kind = Literal["all", "layers", "heads", "density", "jaccard"]
+Kind = Literal["all", "layers", "heads", "scores", "density", "jaccard"]
 SYMBOLS = {"and": "&", "or": "|", "minus": "-", "invert": "~"}
 
 
@@ -165,8 +167,9 @@ def plot(
     Args:
         files: masks over the same parameters, or `scores.json` files of layer scores.
         output: `.png` or `.svg` for one picture, `.html` for any number, with tables.
-        kind: `layers` (block × module), `heads` (block × head; needs `model`), `density` (of the
-            rows), `jaccard` (of several masks), or `all` that apply.
+        kind: `layers` (block × module), `heads` (block × head; needs `model`), `scores` (of the
+            heads, where a mask remembers them), `density` (of the rows), `jaccard` (of several
+            masks), or `all` that apply.
         model: folder, hub id or alias of the masks' model.
         ratio: of layer scores: draw this share of the layers as selected; None: their ranks.
 
@@ -237,6 +240,8 @@ def _of_mask(
         return [layer_figure(mask, file)]
     if kind == "heads":
         return [head_figure(mask, heads, file)]
+    if kind == "scores" and SCORES in mask.metadata.extra:
+        return [head_figure(stored_scores(mask), title=file)]
     return [density_figure(mask, file)] if kind == "density" else []
 
 

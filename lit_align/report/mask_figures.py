@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lit_align.errors import MaskError
+from lit_align.localizers.head_distance import SCORES
 from lit_align.masks import HeadLayout, ParameterMask
 from lit_align.masks.compare import Comparison
 from lit_align.masks.membership import head_shares, linear_weight_names, required, row_densities
@@ -129,14 +130,37 @@ def mask_figures(
 ) -> list[HeatMap | Histogram]:
     """Every picture of one mask: block × module, layer × head where heads are given, densities.
 
-    `title` is put before the name of each picture.
+    A mask that remembers the scores of its heads (ALPS) has a picture of these too. `title` is put
+    before the name of each picture.
+
+    Raises:
+        MaskError: the scores that the mask remembers are none, or it is of another model.
     """
     before = f"{title}: " if title else ""
     figures: list[HeatMap | Histogram] = [layer_figure(mask, f"{before}layers")]
+    if SCORES in mask.metadata.extra:
+        figures.append(head_figure(stored_scores(mask), title=f"{before}scores of the heads"))
     if heads is not None:
         figures.append(head_figure(mask, heads, f"{before}attention heads"))
     figures.append(density_figure(mask, f"{before}density of the rows"))
     return figures
+
+
+def stored_scores(mask: ParameterMask) -> dict[str, list[float]]:
+    """The head scores that a mask was chosen by: block index as text -> scores.
+
+    Raises:
+        MaskError: the mask remembers none, or something else under their name.
+    """
+    found = mask.metadata.extra.get(SCORES)
+    rows = list(found.values()) if isinstance(found, dict) else []
+    if not rows or not all(isinstance(row, list) and all(map(_is_score, row)) for row in rows):
+        raise MaskError(f"the mask's metadata hold no scores of heads under {SCORES!r}")
+    return dict(found)
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _whole_layers(mask: ParameterMask) -> dict[str, float] | None:

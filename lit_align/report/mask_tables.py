@@ -13,6 +13,7 @@ from lit_align.report.tables import Table
 COUNTS = ("selected", "total", "realised ratio")
 OUTSIDE = "outside the blocks"
 PARTLY = ("rows", "elements")
+MAX_FACT = 200  # letters
 
 
 def facts_table(mask: ParameterMask, title: str = "Mask") -> Table:
@@ -34,8 +35,12 @@ def facts_table(mask: ParameterMask, title: str = "Mask") -> Table:
         ("base fingerprint", metadata.base_fingerprint),
         ("digest", mask.digest),
     ]
-    rows += [(key, str(value)) for key, value in metadata.extra.items()]
+    rows += [(key, _shortened(str(value))) for key, value in metadata.extra.items()]
     return Table(title, ("", "value"), tuple(rows))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_FACT else f"{text[:MAX_FACT]}..."
 
 
 def block_table(mask: ParameterMask) -> Table:

@@ -187,6 +187,7 @@ def save_mask_of_another_model(path):
         ("combine or e0.safetensors rebased.safetensors --output a", MaskError, "different base"),
         ("plot e0.safetensors --output a.png", MaskError, "one picture, not 2"),
         ("plot e0.safetensors --kind jaccard --output a.png", MaskError, "nothing to draw"),
+        ("plot e0.safetensors --kind scores --output a.png", MaskError, "nothing to draw"),
         ("plot e0.safetensors --kind heads --output a.png", ModelError, "needs the model"),
         ("plot three.json --output a.html", LocalizationError, "three.json: not a file"),
         ("convert e0.safetensors --output a.safetensors", MaskError, "same format"),

@@ -10,7 +10,7 @@ import torch
 
 from lit_align.errors import MaskError
 from lit_align.localizers.layer_gate import layer_gate_mask
-from lit_align.masks import HeadLayout, ParameterMask, Selection, select
+from lit_align.masks import HeadLayout, MaskMetadata, ParameterMask, Selection, select
 from lit_align.masks.compare import compare_masks, random_jaccard
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.report import HeatMap, drawing, format_table, write_report
@@ -102,6 +102,20 @@ def test_heads_of_scores_and_of_masks(model):
         head_figure(mask)
     with pytest.raises(MaskError, match="no heads"):
         head_figure({})
+
+
+def test_a_mask_that_remembers_the_scores_of_its_heads_shows_them():
+    def remembering(scores):
+        metadata = MaskMetadata(extra={"head_scores": scores})
+        return ParameterMask({"h.0.w.weight": Selection.all((2, 2))}, metadata)
+
+    figures = mask_figures(remembering({"0": [0.5, 1], "1": [2.0, 3.0]}))
+    assert figures[1].values == ((0.5, 1.0), (2.0, 3.0)) and figures[1].scale == "score"
+    for scores in ([1.0], {"0": 3.0}, {"0": ["<b>"]}, {"0": [math.inf]}, {}):
+        with pytest.raises(MaskError, match="no scores of heads"):
+            mask_figures(remembering(scores))
+    long = dict(facts_table(remembering({str(i): [0.0] for i in range(99)})).rows)["head_scores"]
+    assert len(long) == 203
 
 
 def test_the_jaccard_figure_says_what_chance_gives(model):
