@@ -110,10 +110,12 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
         """Cast and move the layer as usual; the adapter moves but stays in fp32."""
-        kept = [(p, p.data) for p in self._adapter_parameters()]
+        kept = [(p, p.data, p.grad) for p in self._adapter_parameters()]
         super()._apply(fn, recurse)
-        for parameter, data in kept:
+        for parameter, data, grad in kept:
+            parameter.grad = None
             parameter.data = data.to(parameter.device)
+            parameter.grad = None if grad is None else grad.to(parameter.device, torch.float32)
         return self
 
     def _adapter_parameters(self) -> Iterator[nn.Parameter]:

@@ -32,10 +32,11 @@ from lit_align.compact.adapter_layers import (
     make_adapted,
 )
 from lit_align.compact.adapter_settings import AdapterSettings
+from lit_align.compact.adapter_targets import chosen_modules
 from lit_align.compact.change import LowRank
-from lit_align.errors import MaskError, ModelError
+from lit_align.errors import ModelError
 from lit_align.masks import ParameterMask
-from lit_align.masks.linear_layers import linear_layers, module_names
+from lit_align.masks.linear_layers import linear_layers
 
 __all__ = [
     "AdapterSettings",
@@ -70,7 +71,7 @@ def add_adapters(
     """
     if has_adapters(model):
         raise ModelError("the model has adapters already: load it again, or merge them")
-    modules = _chosen_modules(model, settings, mask)
+    modules = chosen_modules(model, settings, mask)
     with _fp32_by_default(), warnings.catch_warnings():
         # Which is what we want: the head's product is adapted, the look-up is not.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
@@ -81,61 +82,6 @@ def add_adapters(
     for path in modules.values():
         make_adapted(model.get_submodule(path))
     model.__dict__[STATE] = AdapterState(settings, modules, tuner)
-
-
-def _chosen_modules(
-    model: PreTrainedModel, settings: AdapterSettings, mask: ParameterMask | None
-) -> dict[str, str]:
-    """Layer name → module path of the layers that get adapters."""
-    modules = module_names(model)
-    if settings.mask is not None:
-        if mask is not None:
-            raise MaskError("two masks of layers: one of the adapter's settings, one of a callback")
-        mask = ParameterMask.load(settings.mask)
-    if mask is not None:
-        return {name: modules[name] for name in layers_of_mask(model, mask)}
-    if settings.layers is None:
-        return modules
-    wanted: dict[str, None] = {}
-    for given in settings.layers:
-        wanted.update(dict.fromkeys(_matching(given, modules)))
-    return {name: path for name, path in modules.items() if name in wanted}
-
-
-def _matching(given: str, modules: dict[str, str]) -> list[str]:
-    found = [n for n, p in modules.items() if given in (n, p) or p.endswith(f".{given}")]
-    if not found:
-        raise ModelError(
-            f"adapter: no linear layer is {given!r} or ends in it; this model's are "
-            f"{', '.join(sorted({p.rpartition('.')[2] for p in modules.values()}))} "
-            f"({len(modules)} layers, the first is {next(iter(modules))})"
-        )
-    return found
-
-
-def layers_of_mask(model: nn.Module, mask: ParameterMask) -> list[str]:
-    """The linear layers that a mask of whole layers selects.
-
-    Raises:
-        MaskError: it selects parts of a parameter, something else than linear layers, or nothing,
-            or belongs to another model.
-    """
-    mask.check_matches(full_shapes(model), getattr(model, "base_fingerprint", None))
-    layers = linear_layers(model)
-    chosen = {n: s.kind for n, s in mask.selections.items() if s.kind != "none"}
-    for name, kind in chosen.items():
-        if kind != "all":
-            raise MaskError(
-                f"the mask ({mask.metadata.granularity}) selects a part of {name!r}, and an "
-                "adapter takes whole layers: use a mask of granularity layer, or no adapter"
-            )
-        if name not in layers:
-            raise MaskError(
-                f"the mask selects {name!r}, which is no linear layer and cannot have an adapter"
-            )
-    if not chosen:
-        raise MaskError("the mask selects no layer: nothing would get an adapter")
-    return [name for name in layers if name in chosen]
 
 
 def _peft_config(settings: AdapterSettings, targets: list[str], model: PreTrainedModel) -> Any:

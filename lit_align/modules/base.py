@@ -107,7 +107,8 @@ class LanguageModelModule(OptimizedModule):
             attn_implementation: of transformers.
             trust_remote_code: let the model's folder bring code of its own.
             reference: `cache` computes the reference's log-probs of all rows once before training;
-                `swap` swaps base values in at every step (needs a mask).
+                `swap` swaps base values in at every step (needs a mask or
+                an adapter).
             reference_cache: folder to keep those log-probs in; None keeps them in memory.
             stochastic_rounding: with `trainer.precision` bf16-true or 16-true, train the weights
                 without fp32 masters, rounding updates up or down at random.

@@ -147,6 +147,7 @@ def test_adapters_are_fp32_in_a_16_bit_model_and_stay_so(kind):
     randomise(model)
     before = {n: p.clone() for n, p in trainable(model)}
     assert len(before) == (30 if kind == "lora" else 45)  # not the count of ranks, which peft frees
+    by_decoder_and_head(model, token_ids()).sum().backward()
     model.to(torch.float16)
     for name, parameter in trainable(model):
         assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
@@ -263,10 +264,10 @@ def test_masks_that_no_adapter_can_follow(mask, message):
     assert not has_adapters(model)
 
 
-def test_two_masks_are_one_too_many(tmp_path):
-    layer_mask(UP).save(tmp_path / "mask")
-    with pytest.raises(MaskError, match="two masks"):
-        add_adapters(tiny_model(), AdapterSettings(mask=str(tmp_path / "mask")), layer_mask(QUERY))
+@pytest.mark.parametrize("settings", [{"mask": "no file is read"}, {"layers": ["lm_head"]}])
+def test_layers_are_named_once(settings):
+    with pytest.raises(MaskError, match=r"leave out adapter.mask and adapter.layers"):
+        add_adapters(tiny_model(), AdapterSettings(**settings), layer_mask(QUERY))
 
 
 def test_a_layer_that_does_not_exist_is_named_with_those_that_do():

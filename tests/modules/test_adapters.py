@@ -214,6 +214,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(dropout, tiny_llama_dir
         torch.testing.assert_close(trained[0][name], trained[1][name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
+def test_torch_compile(tiny_llama_dir, tmp_path):
+    trained = []
+    for compile_it in (False, True):
+        module = SupervisedFineTuning(str(tiny_llama_dir), **LEARN, adapter=LORA)
+        run = trainer(tmp_path, callbacks=[SameStart()], max_epochs=2)
+        model = torch.compile(module, backend="aot_eager") if compile_it else module
+        run.fit(model, instructions(4, batch_size=4))
+        trained.append(factors(module))
+    for name in trained[0]:
+        torch.testing.assert_close(trained[0][name], trained[1][name], rtol=0, atol=1e-5)
+
+
 # ---- preference losses and their reference
 
 
