@@ -104,9 +104,11 @@ def notes(run: ALPSRun, results: Results) -> Iterator[str]:
     yield (
         f"Weights outside attention {rest} in every variant but LoRA, and the output projection "
         f"({'trains' if (locate.o_proj or locate.others) == 'train' else 'is frozen'}) is no part "
-        "of a head. “everything” trains all heads and all that the run does not freeze."
+        "of a head."
     )
-    if run.fine_tunes and "full" in run.compare.baselines and locate.others == "train":
+    if "full" in run.compare.baselines and locate.others == "freeze":
+        yield "“everything” trains all heads, and of the other weights what the run trains."
+    elif "full" in run.compare.baselines and run.fine_tunes:
         yield "“everything” is the task model itself: the heads are those that its training moved."
     measured = [v for v in results["variants"].values() if v["validation_loss"] is not None]
     if run.compare.seeds == 1:
