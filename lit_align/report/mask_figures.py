@@ -39,7 +39,7 @@ def layer_figure(
         ratio: of scores: draw the ceil(ratio · layers) largest as selected; None: draw the ranks.
 
     Raises:
-        MaskError: there are no scores, or one is not a finite number.
+        MaskError: there are no scores, one is not a finite number, or the ratio is not in (0, 1].
     """
     if isinstance(scores_or_mask, ParameterMask):
         cells = _whole_layers(scores_or_mask)
@@ -51,6 +51,8 @@ def layer_figure(
         return _block_by_module(
             title, ranks, scale="rank", value_label="rank (1: largest score)", caption=NO_LAYER
         )
+    if not 0 < ratio <= 1:
+        raise MaskError(f"the ratio of the selected layers is a number in (0, 1], not {ratio!r}")
     k = ceil_share(ratio, len(ranks))
     chosen = {name: float(rank <= k) for name, rank in ranks.items()}
     caption = f"Selected: the {k} layers of {len(ranks)} with the largest scores. {NO_LAYER}"
@@ -152,7 +154,7 @@ def stored_scores(mask: ParameterMask) -> dict[str, list[float]]:
     Raises:
         MaskError: the mask remembers none, or something else under their name.
     """
-    found = mask.metadata.extra.get(SCORES)
+    found: Any = mask.metadata.extra.get(SCORES)
     rows = list(found.values()) if isinstance(found, dict) else []
     if not rows or not all(isinstance(row, list) and all(map(_is_score, row)) for row in rows):
         raise MaskError(f"the mask's metadata hold no scores of heads under {SCORES!r}")

@@ -75,6 +75,9 @@ def test_scores_that_rank_nothing_are_refused(score):
         layer_figure({"a": score})
     with pytest.raises(MaskError, match="no scores"):
         layer_figure({})
+    for ratio in (0, 2.0, math.nan):
+        with pytest.raises(MaskError, match="ratio"):
+            layer_figure({"a": 1.0}, ratio=ratio)
 
 
 def test_a_mask_of_layers_is_selected_or_not_any_other_a_density(model):
