@@ -25,7 +25,7 @@ from lit_align.compact import (
     trainable,
 )
 from lit_align.compact.adapters import adapted_layers
-from lit_align.compact.rank_allocation import layer_ranks
+from lit_align.compact.rank_allocation import allocation_state, layer_ranks
 from lit_align.errors import LocalizationError, MaskError, ModelError, TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks.linear_layers import module_names
@@ -71,10 +71,15 @@ MODULE_SETTINGS = ("adapter", "reference", "gradient_checkpointing", "stochastic
 
 
 class Recorded(SupervisedFineTuning):
-    """Notes what it begins with, and its batches."""
+    """Notes what it begins with, its batches, and what AdaLoRA has learnt by each step."""
 
     def on_train_start(self):
-        self.initial, self.batches = factors(self), []
+        self.initial, self.batches, self.scores = factors(self), [], []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.adapter.kind == "adalora":
+            self.scores.append(dict(allocation_state(self.model)["exp_avg_ipt"]))
 
     def training_step(self, batch, batch_idx):
         self.batches.append(batch)
@@ -120,6 +125,10 @@ def test_a_run_is_the_one_that_pefts_model_and_torchs_adamw_make(
         optimizer.step()
         if settings.kind == "adalora":
             theirs.base_model.update_and_allocate(step)
+            scores = theirs.base_model.rankallocator.exp_avg_ipt
+            assert scores.keys() == ours.scores[step - 1].keys()
+            for name, score in scores.items():
+                torch.testing.assert_close(ours.scores[step - 1][name], score, rtol=0.02, atol=1e-8)
         optimizer.zero_grad()
     assert len(ours.batches) == 10
     trained = factors(ours)
