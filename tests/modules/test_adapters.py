@@ -13,6 +13,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_align import language_model
 from lit_align.callbacks import KeyParameterLocalization
 from lit_align.cli import main
 from lit_align.compact import (
@@ -409,6 +410,18 @@ def test_nf4_without_bitsandbytes_says_what_to_install(monkeypatch, tiny_llama_d
         importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a)
     )
     with pytest.raises(ModelError, match=r"bitsandbytes.*pip install 'lit-align\[qlora\]'"):
+        fit(SupervisedFineTuning, tiny_llama_dir, instructions(4), tmp_path, adapter=NF4)
+
+
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError])
+def test_nf4_where_bitsandbytes_cannot_run_says_why(kind, monkeypatch, tiny_llama_dir, tmp_path):
+    def fail(*args, **kwargs):
+        raise kind("none of the devices is supported")
+
+    monkeypatch.setattr(language_model, "_nf4_settings", lambda device, dtype: {})
+    monkeypatch.setattr(language_model.AutoModelForCausalLM, "from_pretrained", fail)
+    message = r"on cpu: none of the devices is supported; pip install 'lit-align\[qlora\]'"
+    with pytest.raises(ModelError, match=message):
         fit(SupervisedFineTuning, tiny_llama_dir, instructions(4), tmp_path, adapter=NF4)
 
 
