@@ -22,11 +22,11 @@ from lit_align.pipelines.allo import allo
 from lit_align.pipelines.alps import alps
 from lit_align.pipelines.bench import bench_command
 from lit_align.pipelines.commands import evaluate_files, export
-from lit_align.pipelines.generate import generate_answers
+from lit_align.pipelines.generation import generate_answers
 from lit_align.pipelines.ila import ila
 from lit_align.pipelines.localize import localize
-from lit_align.pipelines.mask_command import mask_command
-from lit_align.pipelines.token_weight_auc import token_weight_auc
+from lit_align.pipelines.token_auc import token_weight_auc
+from lit_align.pipelines.workbench.command import mask_command
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
 TRAINER_VERBS = ("fit", "validate", "test", "predict")

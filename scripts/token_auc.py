@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lit_align.gguf_alias import ALIAS
 from lit_align.pipelines.settings import RunSettings
-from lit_align.pipelines.token_auc_stages import TokenAucSettings
-from lit_align.pipelines.token_weight_auc import RewardTrainSettings, table, token_weight_auc
+from lit_align.pipelines.token_auc.pipeline import RewardTrainSettings, table, token_weight_auc
+from lit_align.pipelines.token_auc.stages import TokenAucSettings
 
 
 def main() -> None:

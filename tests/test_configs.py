@@ -12,7 +12,7 @@ import torch
 from lit_align.cli import main
 from lit_align.data import UnlearningDataModule
 from lit_align.gguf_alias import ALIAS, cache_dir
-from lit_align.pipelines.rewriting import REWRITING_PROMPT
+from lit_align.pipelines.rewards.rewriting import REWRITING_PROMPT
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IDS = ["--data.init_args.train_file", "configs/data/unlearning_ids.jsonl"]

@@ -12,7 +12,7 @@ from lit_align.errors import PipelineError
 from lit_align.losses import DPOLossType
 from lit_align.losses.token_filter import FilterSide
 from lit_align.masks.select import Granularity, Scope
-from lit_align.pipelines.endpoint_request import check_url
+from lit_align.pipelines.rewards.endpoint_request import check_url
 from lit_align.pipelines.setting_checks import (
     BETAS,
     COUNT,

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_align.compact.adapters import AdapterSettings
-from lit_align.pipelines import alps_settings as s
 from lit_align.pipelines.alps import alps
+from lit_align.pipelines.alps import settings as s
 from lit_align.pipelines.settings import RunSettings
 
 DATA = Path(__file__).resolve().parents[2] / "configs" / "data"

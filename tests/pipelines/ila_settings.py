@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_align.compact.adapters import AdapterSettings
-from lit_align.pipelines import ila_settings as s
 from lit_align.pipelines.ila import ila
+from lit_align.pipelines.ila import settings as s
 from lit_align.pipelines.settings import RunSettings
 
 DATA = Path(__file__).resolve().parents[2] / "configs" / "data"

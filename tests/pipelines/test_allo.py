@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lit_align.compact import Delta
 from lit_align.masks import ParameterMask
-from lit_align.pipelines import allo_stages
+from lit_align.pipelines.allo import stages as allo_stages
 from tests.pipelines.allo_settings import tiny_allo
 
 ROOT = Path(__file__).resolve().parents[2]

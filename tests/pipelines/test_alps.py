@@ -13,7 +13,7 @@ from lit_align.errors import DataError, LocalizationError, MaskError, PipelineEr
 from lit_align.language_model import load_tokenizer, save_language_model
 from lit_align.localizers import head_distance_mask
 from lit_align.masks import HeadLayout, ParameterMask
-from lit_align.pipelines.alps_settings import BASELINES, ALPSDataSettings, CompareSettings
+from lit_align.pipelines.alps.settings import BASELINES, ALPSDataSettings, CompareSettings
 from tests.pipelines.alps_settings import DATA, tiny_alps
 from tests.tiny_models import save_tiny_model, tiny_model
 from tests.training_runs import random_mask, stored

@@ -1,9 +1,9 @@
 import pytest
 
 from lit_align.errors import DataError, TrainingError
-from lit_align.pipelines import corrections
-from lit_align.pipelines.corrections import Teacher, correct_predictions
-from lit_align.pipelines.predictions import Prediction
+from lit_align.pipelines.rewards import corrections
+from lit_align.pipelines.rewards.corrections import Teacher, correct_predictions
+from lit_align.pipelines.rewards.predictions import Prediction
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": "3 + 4?"}]

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import pytest
 
-from lit_align.pipelines.edit_distance import align
+from lit_align.pipelines.rewards.edit_distance import align
 
 # Response, correction, edited tokens, distance: by hand.
 CASES = [

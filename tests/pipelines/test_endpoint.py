@@ -7,13 +7,13 @@ import time
 import pytest
 
 from lit_align.errors import DataError, PipelineError, TrainingError
-from lit_align.pipelines import allo_rewards
-from lit_align.pipelines.allo import stages_of
-from lit_align.pipelines.allo_run import AlloRun
-from lit_align.pipelines.corrections import RemoteTeacher, correct_predictions
-from lit_align.pipelines.endpoint import Endpoint, ask
-from lit_align.pipelines.endpoint_request import MALFORMED, REFUSED
-from lit_align.pipelines.predictions import Prediction
+from lit_align.pipelines.allo import rewards as allo_rewards
+from lit_align.pipelines.allo.pipeline import stages_of
+from lit_align.pipelines.allo.run import AlloRun
+from lit_align.pipelines.rewards.corrections import RemoteTeacher, correct_predictions
+from lit_align.pipelines.rewards.endpoint import Endpoint, ask
+from lit_align.pipelines.rewards.endpoint_request import MALFORMED, REFUSED
+from lit_align.pipelines.rewards.predictions import Prediction
 from lit_align.pipelines.rows import write_jsonl
 from lit_align.pipelines.settings import DataSettings, SFTSettings, TokenRewardSettings
 from tests.pipelines.allo_settings import TINY

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_align.errors import DataError, ModelError
 from lit_align.evaluation import conversations
 from lit_align.evaluation.conversations import Question, converse
-from lit_align.pipelines import generate as module
-from lit_align.pipelines.answer_file import AnswerFile
-from lit_align.pipelines.generate import generate_answers
-from lit_align.pipelines.questions import read_questions
+from lit_align.pipelines.generation import generate as module
+from lit_align.pipelines.generation.answer_file import AnswerFile
+from lit_align.pipelines.generation.generate import generate_answers
+from lit_align.pipelines.generation.questions import read_questions
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TWO_TURNS = [

@@ -18,7 +18,7 @@ from lit_align.language_model import load_tokenizer
 from lit_align.localizers.layer_gate import LayerScores, read_scores
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers
-from lit_align.pipelines.ila_data import as_ids
+from lit_align.pipelines.ila.data import as_ids
 from tests.pipelines.ila_settings import DATA, tiny_ila
 from tests.tiny_models import save_tiny_model, tiny_model
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_align.pipelines.ila_notes import all_notes
+from lit_align.pipelines.ila.notes import all_notes
 
 
 def variant(label: str, *losses: float) -> dict[str, Any]:

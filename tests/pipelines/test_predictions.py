@@ -1,7 +1,7 @@
 import pytest
 
 from lit_align.errors import DataError
-from lit_align.pipelines.predictions import Prediction
+from lit_align.pipelines.rewards.predictions import Prediction
 
 
 def test_from_a_pipelines_row():

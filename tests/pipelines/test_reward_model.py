@@ -4,7 +4,11 @@ import torch
 
 from lit_align.data import TokenizedSequence
 from lit_align.errors import ModelError, TrainingError
-from lit_align.pipelines.reward_model import RewardModel, check_same_tokenizer, token_probabilities
+from lit_align.pipelines.rewards.reward_model import (
+    RewardModel,
+    check_same_tokenizer,
+    token_probabilities,
+)
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 

@@ -1,6 +1,6 @@
 from lit_align.data import SFTDataModule
-from lit_align.pipelines.predictions import Prediction
-from lit_align.pipelines.rewriting import rewriting_prompt, rewriting_rows
+from lit_align.pipelines.rewards.predictions import Prediction
+from lit_align.pipelines.rewards.rewriting import rewriting_prompt, rewriting_rows
 from tests.tiny_models import tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": "3 + 4?"}]

@@ -3,7 +3,7 @@
 import torch
 
 from lit_align.masks import select
-from lit_align.pipelines.summary import results_table
+from lit_align.pipelines.allo.summary import results_table
 from lit_align.report import format_table
 
 

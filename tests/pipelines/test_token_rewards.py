@@ -8,11 +8,11 @@ from lit_align.data import UnlearningDataModule, UnlearningRow
 from lit_align.errors import DataError, ModelError, TrainingError
 from lit_align.gguf_alias import ALIAS, cache_dir
 from lit_align.language_model import load_tokenizer
-from lit_align.pipelines import token_rewards
-from lit_align.pipelines.predictions import Prediction
-from lit_align.pipelines.reward_model import RewardModel, token_probabilities
-from lit_align.pipelines.rewriting import rewriting_prompt
-from lit_align.pipelines.token_rewards import probability_weights, weighted_rows
+from lit_align.pipelines.rewards import token_rewards
+from lit_align.pipelines.rewards.predictions import Prediction
+from lit_align.pipelines.rewards.reward_model import RewardModel, token_probabilities
+from lit_align.pipelines.rewards.rewriting import rewriting_prompt
+from lit_align.pipelines.rewards.token_rewards import probability_weights, weighted_rows
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 CHAT = Prediction(

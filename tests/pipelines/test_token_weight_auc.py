@@ -10,16 +10,16 @@ import torch
 from lit_align.data.templates import TRANSCRIPT
 from lit_align.errors import DataError, PipelineError
 from lit_align.language_model import load_tokenizer
-from lit_align.pipelines import token_auc_stages as stages
-from lit_align.pipelines.error_spans import (
+from lit_align.pipelines.settings import RunSettings
+from lit_align.pipelines.token_auc import stages as stages
+from lit_align.pipelines.token_auc.error_spans import (
     labelled_tokens,
     read_spanned,
     response_offsets,
     tokens_in_spans,
 )
-from lit_align.pipelines.settings import RunSettings
-from lit_align.pipelines.token_auc_stages import TokenAucSettings, split_rows
-from lit_align.pipelines.token_weight_auc import RewardTrainSettings, table, token_weight_auc
+from lit_align.pipelines.token_auc.pipeline import RewardTrainSettings, table, token_weight_auc
+from lit_align.pipelines.token_auc.stages import TokenAucSettings, split_rows
 from tests.tiny_models import tiny_tokenizer
 
 RESPONSE = "Tom has 30 apples. Mia has 4 apples."

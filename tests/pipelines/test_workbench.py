@@ -14,8 +14,8 @@ from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask
 from lit_align.masks import HeadLayout, ParameterMask, Selection, select
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.pipelines import workbench
-from lit_align.pipelines.mask_command import mask_command
-from lit_align.pipelines.mask_conversion import convert
+from lit_align.pipelines.workbench.command import mask_command
+from lit_align.pipelines.workbench.conversion import convert
 from tests.masks.test_membership import random_scores
 from tests.report.test_html import Page
 from tests.tiny_models import save_tiny_model, tiny_model

@@ -1,0 +1,5 @@
+"""ALLO, end to end."""
+
+from lit_align.pipelines.allo.pipeline import allo
+
+__all__ = ["allo"]

@@ -1,0 +1,122 @@
+"""The rows of an ILA run, and the layers of its model: what every later stage reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_align.data import PreferenceDataModule, SFTDataModule
+from lit_align.data.schema import TokenizedRow
+from lit_align.errors import DataError
+from lit_align.language_model import load_language_model
+from lit_align.localizers.same_model import check_same_architecture, check_same_tokenizer
+from lit_align.masks import named_shapes
+from lit_align.masks.linear_layers import linear_layers
+from lit_align.pipelines.ila.run import ILARun
+from lit_align.pipelines.rows import Row, write_json, write_jsonl
+from lit_align.pipelines.training import inference_device
+from lit_align.pipelines.variants import data_module
+
+LAYERS_FILE = "layers.json"
+
+
+def prepare_rows(run: ILARun, folder: Path) -> None:
+    """Tokenise every file once and split it once; the rows are written as token ids.
+
+    Raises:
+        DataError: a file has fewer train rows than a batch of a stage that reads it.
+    """
+    validation: list[Row] = []
+    for name, file in run.files.items():
+        (folder / name).mkdir()
+        rows = _read(run, file, folder / name)
+        _check_batches(run, file, len(rows.rows("train")))
+        write_jsonl(folder / name / "train.jsonl", map(as_ids, rows.rows("train")))
+        if file not in run.data.train_files:
+            continue
+        if not (validation and run.data.validation_files):  # given files are every file's
+            validation += map(as_ids, rows.rows("validation"))
+    write_jsonl(folder / "validation.jsonl", validation)
+
+
+def _read(run: ILARun, file: str, folder: Path) -> SFTDataModule | PreferenceDataModule:
+    data = dataclasses.replace(run.data, train_files=(file,), search_files=())
+    try:
+        return data_module(data, str(run.base), run.use, run.machine, folder)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def _check_batches(run: ILARun, file: str, rows: int) -> None:
+    searched = not run.data.search_files or file in run.data.search_files
+    sizes = {}
+    if run.stage1.enabled and searched:
+        sizes = {"stage1": run.stage1.batch_size, "stage2": run.stage2.batch_size}
+    if file in run.data.train_files:
+        sizes["use"] = run.use.batch_size
+    for group, size in sizes.items():
+        if rows < size:
+            raise DataError(
+                f"{file} has {rows} train row(s), less than one batch of {group}.batch_size "
+                f"{size}: give more rows, or a smaller batch"
+            )
+
+
+def as_ids(row: TokenizedRow) -> Row:
+    """A tokenised row as columns that the data modules read back to the same tokens."""
+    first = row.sequences[0]
+    columns: Row = {"prompt_ids": first.prompt_ids.tolist()}
+    if len(row.sequences) == 1:
+        names = [("response_ids", "token_weights")]
+    else:
+        names = [("chosen_ids", "chosen_token_weights"), ("rejected_ids", "rejected_token_weights")]
+    for sequence, (ids, weights) in zip(row.sequences, names, strict=True):
+        if not np.array_equal(sequence.prompt_ids, first.prompt_ids):
+            raise DataError(f"row {row.row_id}: the two responses have prompts of other tokens")
+        columns[ids] = sequence.response_ids.tolist()
+        if sequence.token_weights is not None:
+            columns[weights] = sequence.token_weights.tolist()
+    return columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What masks are made of without the model.
+
+    Attributes:
+        base_fingerprint: of the model.
+        names: its linear layers, in order, the head last.
+        shapes: of every parameter.
+    """
+
+    base_fingerprint: str
+    names: list[str]
+    shapes: dict[str, Any]
+
+    @classmethod
+    def read(cls, run: ILARun) -> Layers:
+        """What `list_layers` wrote."""
+        return cls(**json.loads((run.output / "layers" / LAYERS_FILE).read_text("utf-8")))
+
+
+def list_layers(run: ILARun, folder: Path) -> None:
+    """Write down the model's linear layers; find out early what would fail later.
+
+    Raises:
+        LocalizationError: a given change comes with another tokenizer, or is a model of another
+            architecture.
+        ModelError: QLoRA is asked for, and NF4 weights cannot be had here.
+    """
+    if run.use.method == "qlora":
+        load_language_model(run.base, nf4_on=inference_device(run.machine.accelerator))
+    model: Any = load_language_model(run.base)[0]
+    for change in map(Path, run.stage1.change if run.stage1.enabled else ()):
+        check_same_tokenizer(run.base, change)
+        if (change / "config.json").is_file():
+            check_same_architecture(run.base, model, change)
+    layers = Layers(model.base_fingerprint, list(linear_layers(model)), named_shapes(model))
+    write_json(folder / LAYERS_FILE, dataclasses.asdict(layers))

@@ -1,0 +1,1 @@
+"""Which tokens of a wrong response are unaligned: corrections, reward model, weights."""
