@@ -23,7 +23,7 @@ def words(text: str) -> set[str]:
 
 
 TRAIN = "learning_rate epochs batch_size accumulate weight_decay warmup_ratio lr_scheduler "
-TRAIN += "gradient_clip max_length max_steps betas eps"
+TRAIN += "min_lr_ratio gradient_clip max_length max_steps betas eps"
 DPO_LOSS = "beta loss_type label_smoothing"
 ALLO_GROUPS = {
     "data": "kind train_files held_out_files train_rows held_out_rows held_out_every seed "
@@ -102,7 +102,7 @@ OPTIONS = {
 MODULE_OPTIONS = words(
     "model delta learning_rate weight_decay betas eps lr_scheduler warmup_ratio reference "
     "gradient_checkpointing attn_implementation trust_remote_code reference_cache "
-    "stochastic_rounding adapter adapter.help"
+    "stochastic_rounding adapter adapter.help min_lr_ratio"
 )
 MODULES = {
     "SupervisedFineTuning": set(),

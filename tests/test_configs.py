@@ -22,6 +22,7 @@ FIT: dict[str, list[str]] = {
     "npo.yaml": IDS,  # its own rows have one weight a token of the default model's tokenizer
     "npo_tiny.yaml": [],
     "sft.yaml": [],
+    "sft_lora.yaml": [],
     "sft_tiny.yaml": [],
     "reward_model.yaml": [],
     "reward_model_tiny.yaml": [],

@@ -83,6 +83,7 @@ class LanguageModelModule(OptimizedModule):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         lr_scheduler: str = "cosine",
+        min_lr_ratio: float = 0.0,
         warmup_ratio: float = 0.1,
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
@@ -102,6 +103,7 @@ class LanguageModelModule(OptimizedModule):
             betas: of AdamW.
             eps: of AdamW.
             lr_scheduler: a name that `transformers.get_scheduler` knows.
+            min_lr_ratio: of `cosine`: the share of the peak that it ends at.
             warmup_ratio: share of all steps with linear warm-up.
             gradient_checkpointing: trade time for activation memory.
             attn_implementation: of transformers.
@@ -120,6 +122,11 @@ class LanguageModelModule(OptimizedModule):
         """
         check_choice("lr_scheduler", lr_scheduler, [s.value for s in SchedulerType])
         check_choice("reference", reference, get_args(Reference))
+        if min_lr_ratio and (lr_scheduler != "cosine" or not 0 <= min_lr_ratio <= 1):
+            raise TrainingError(
+                f"min_lr_ratio {min_lr_ratio} is a share of the peak in [0, 1], of cosine alone; "
+                f"lr_scheduler is {lr_scheduler}"
+            )
         super().__init__()
         self.save_hyperparameters()
         self.adapter = AdapterSettings.of(adapter)

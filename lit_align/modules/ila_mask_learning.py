@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import get_scheduler
 
 from lit_align.batch import PackedBatch
 from lit_align.compact.change import change_checksum, read_change
@@ -158,17 +157,7 @@ class ILAMaskLearning(LanguageModelModule):
         if h.optimizer == "adamw":
             return super().configure_optimizers()
         optimizer = torch.optim.SGD(self.gates.parameters().values(), lr=h.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_scheduler(
-            h.lr_scheduler,
-            optimizer,
-            num_warmup_steps=round(h.warmup_ratio * steps),
-            num_training_steps=steps,
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return self.with_schedule(optimizer)
 
     def _identity(self) -> dict[str, str | None]:
         return super()._identity() | {"change": change_checksum(self.settings.change)}

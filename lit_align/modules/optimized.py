@@ -118,14 +118,23 @@ class OptimizedModule(CheckpointedModule):
             weight_decay=h.weight_decay,
             stochastic_rounding=h.stochastic_rounding,
         )
-        steps = int(self.trainer.estimated_stepping_batches)
         if allocates_ranks(self.model):
-            plan_ranks(self.model, steps)
+            plan_ranks(self.model, int(self.trainer.estimated_stepping_batches))
+        return self.with_schedule(optimizer)
+
+    def with_schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """An optimiser and its schedule, as Lightning takes them."""
+        h: Any = self.hparams
+        steps = int(self.trainer.estimated_stepping_batches)
+        name, settings = h.lr_scheduler, None
+        if h.min_lr_ratio:
+            name, settings = "cosine_with_min_lr", {"min_lr_rate": h.min_lr_ratio}
         schedule = get_scheduler(
-            h.lr_scheduler,
+            name,
             optimizer,
             num_warmup_steps=round(h.warmup_ratio * steps),
             num_training_steps=steps,
+            scheduler_specific_kwargs=settings,
         )
         return {
             "optimizer": optimizer,

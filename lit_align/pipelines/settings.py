@@ -80,6 +80,7 @@ class TrainSettings:
         warmup_ratio: share of the steps with linear warm-up.
         lr_scheduler: a name of transformers: linear, cosine, cosine_with_restarts, polynomial,
             constant, constant_with_warmup or inverse_sqrt.
+        min_lr_ratio: of `cosine`: the share of the peak that it ends at.
         gradient_clip: largest norm of the gradient; 0 for none.
         max_length: most tokens of prompt and response.
         max_steps: stop after so many; -1 for none.
@@ -96,6 +97,7 @@ class TrainSettings:
     eps: float = 1e-8
     warmup_ratio: float = 0.1
     lr_scheduler: str = "cosine"
+    min_lr_ratio: float = 0.0
     gradient_clip: float = 1.0
     max_length: int = 1024
     max_steps: int = -1
@@ -114,6 +116,7 @@ class TrainSettings:
             eps=POSITIVE,
             warmup_ratio=SHARE,
             lr_scheduler=SCHEDULER,
+            min_lr_ratio=SHARE,
             gradient_clip=NOT_NEGATIVE,
             max_length=LENGTH,
             max_steps=STEPS,

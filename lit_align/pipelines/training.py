@@ -16,7 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_align.pipelines.settings import RunSettings, TrainSettings
 
 CHATTER = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Trainer.fit` stopped")
-MODULE_FIELDS = ("learning_rate", "weight_decay", "betas", "eps", "warmup_ratio", "lr_scheduler")
+MODULE_FIELDS = (
+    "learning_rate", "weight_decay", "betas", "eps", "warmup_ratio", "lr_scheduler", "min_lr_ratio",
+)  # fmt: skip
 
 
 def module_settings(settings: TrainSettings, run: RunSettings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import lightning
 
 from lit_align.callbacks import KeyParameterLocalization
 from lit_align.compact import trainable
-from lit_align.compact.adapters import AdapterSettings
+from lit_align.compact.adapters import AdapterSettings, has_adapters, merge_adapters
 from lit_align.compact.change import save_change
 from lit_align.data import PreferenceDataModule, SFTDataModule
 from lit_align.errors import PipelineError
@@ -174,6 +174,8 @@ def train_variant(
     if keep == "change":
         save_change(module.model, folder / CHANGE_FOLDER)
     elif keep == "model":
+        if has_adapters(module.model):
+            merge_adapters(module.model)
         save_language_model(module.model, module.tokenizer, folder / MODEL_FOLDER)  # type: ignore[arg-type]
     metrics = {
         "name": variant.name,

@@ -56,8 +56,7 @@ class LocateHeadsSettings(HeadDistance):
 class ALPSTrainSettings(TrainSettings):
     """The training of the task model and of every variant, with the paper's settings of AdamW.
 
-    The paper's batch is 128 rows (`batch_size` times `accumulate`), and its cosine ends at a tenth
-    of the peak, not at zero.
+    The paper's batch is 128 rows: `batch_size` times `accumulate`.
     """
 
     group: ClassVar[str] = "train"
@@ -65,6 +64,7 @@ class ALPSTrainSettings(TrainSettings):
     learning_rate: float = 2e-5
     epochs: int = 3
     weight_decay: float = 0.1
+    min_lr_ratio: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
