@@ -177,29 +177,23 @@ class Runs:
         """Validation loss of training all layers, or only those that a ranking chooses."""
         self.add("tune_base", {}, [self.base], lambda folder: validation_loss(
             MODEL, self.data("dolly"), FULL, RunSettings(), folder))  # fmt: skip
-        for seed in SEEDS:
-            for name in TUNED:
-                read = [] if name == "all layers" else [f"scores_dolly_{seed}"]
-                self.tuned("tune", name, seed, "dolly", read, partial(self.layers, name, seed))
+        for group in ("tune", "lora"):
+            for seed in SEEDS:
+                for name in TUNED:
+                    read = [] if name == "all layers" else [f"scores_dolly_{seed}"]
+                    self.tuned(group, name, seed, "dolly", read, partial(self.layers, name, seed))
 
     def tuned(
         self, group: str, name: str, seed: int, data: str, inputs: Sequence[str], mask: Any
     ) -> None:
         """One variant, restricted to the mask that `mask()` gives when its time has come."""
+        adapter, train = (ADAPTER, LORA) if group == "lora" else (None, FULL)
 
         def run(folder: Path) -> None:
-            variant = Variant(name, mask=mask())
-            train_variant(
-                MODEL,
-                self.data(data),
-                variant,
-                FULL,
-                RunSettings(seed=seed),
-                folder,
-                keep="nothing",
-            )
+            variant = Variant(name, mask(), adapter)
+            train_variant(MODEL, self.data(data), variant, train, RunSettings(seed=seed), folder)
 
-        config = {"train": dataclasses.asdict(FULL), "seed": seed, "variant": name}
+        config = {"train": dataclasses.asdict(train), "seed": seed, "variant": name}
         self.add(stage_name(group, name, seed), config, inputs, run)
 
     def layers(self, name: str, seed: int) -> ParameterMask | None:
@@ -329,7 +323,7 @@ def random_jaccard(total: int, kept: int) -> float:
 def loss_table(runs: Runs, group: str, names: Sequence[str]) -> str:
     """Validation loss of each variant: mean, every seed, and the difference from the first row."""
     rows: list[list[Any]] = []
-    base = runs.json(f"{group}_base")
+    base = runs.json("tune_base" if group == "lora" else f"{group}_base")
     if base:
         rows.append(["base", f"{base['validation_loss']:.4f}", "", "", "", ""])
     first: dict[int, float] = {}
@@ -368,7 +362,8 @@ def tables(runs: Runs) -> str:
         "Milestones of stage 1", jaccard_table(runs, milestones | {"100%": "scores_dolly_0"}),
         "Initial scores", jaccard_table(runs, {"s0 = 4": "scores_dolly_0"} | initial),
         "LoRA against full", jaccard_table(runs, lora | kinds),
-        "Validation loss, ILA", loss_table(runs, "tune", TUNED),
+        "Validation loss, ILA, weights", loss_table(runs, "tune", TUNED),
+        "Validation loss, ILA, LoRA", loss_table(runs, "lora", TUNED),
         "Validation loss, ALPS", loss_table(runs, "alps", HEAD_SETS),
     ]  # fmt: skip
     return "\n\n".join(parts)
