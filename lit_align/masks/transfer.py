@@ -20,7 +20,8 @@ class Transfer:
     Attributes:
         scores: layer of the target → score, in the target's order.
         sources: the same layers → the layer that the score comes from.
-        unmatched: layers of the target without a counterpart, in order: they have no score.
+        unmatched: layers of the target whose counterpart is missing or has no score, in order:
+            they have none either.
         unused: modules of the source, by name, that the target does not have.
     """
 
@@ -30,7 +31,9 @@ class Transfer:
     unused: tuple[str, ...]
 
 
-def transfer_scores(scores: Mapping[str, float], to_layers: Iterable[str]) -> Transfer:
+def transfer_scores(
+    scores: Mapping[str, float], to_layers: Iterable[str], unscored: Iterable[str] = ()
+) -> Transfer:
     """Scores for the layers of another model.
 
     A layer takes the score of the layer of the same module name (`self_attn.q_proj`) in the block
@@ -41,8 +44,9 @@ def transfer_scores(scores: Mapping[str, float], to_layers: Iterable[str]) -> Tr
     (`q_proj`, `c_attn`) are not guessed at.
 
     Args:
-        scores: layer name → score, of every linear layer of the source.
+        scores: layer name → score, of the source's linear layers.
         to_layers: the linear layers of the target (`linear_layers(model)`).
+        unscored: linear layers of the source that have no score; they too have a place.
 
     Raises:
         MaskError: no module inside the blocks has the same name in both; names both sides.
@@ -51,10 +55,10 @@ def transfer_scores(scores: Mapping[str, float], to_layers: Iterable[str]) -> Tr
     >>> found.scores  # a single block stands at the first one's place
     {'x.5.fc.weight': 1.0}
     """
-    wanted = list(to_layers)
-    source_blocks, target_blocks = _blocks(scores), _blocks(wanted)
+    wanted, theirs = list(to_layers), [*scores, *unscored]
+    source_blocks, target_blocks = _blocks(theirs), _blocks(wanted)
     by_module: dict[str, dict[int | None, str]] = {}
-    for name in scores:
+    for name in theirs:
         block, module = split_name(name)
         by_module.setdefault(module, {})[block] = name
     sources = {}
@@ -62,10 +66,10 @@ def transfer_scores(scores: Mapping[str, float], to_layers: Iterable[str]) -> Tr
         block, module = split_name(name)
         candidates = by_module.get(module, {})
         if block is None:
-            source = candidates.get(None) or _other_head(scores, wanted)
+            source = candidates.get(None) or _other_head(theirs, wanted)
         else:
             source = _nearest(candidates, block, target_blocks, source_blocks)
-        if source is not None:
+        if source is not None and source in scores:
             sources[name] = source
     if all(split_name(name)[0] is None for name in sources):
         raise MaskError(
@@ -78,7 +82,7 @@ def transfer_scores(scores: Mapping[str, float], to_layers: Iterable[str]) -> Tr
         {name: scores[source] for name, source in sources.items()},
         sources,
         tuple(name for name in wanted if name not in sources),
-        tuple(module for module in by_module if module not in known),
+        tuple(m for m in dict.fromkeys(split_name(n)[1] for n in scores) if m not in known),
     )
 
 

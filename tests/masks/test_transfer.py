@@ -38,6 +38,17 @@ def test_a_block_takes_the_nearest_relative_position(target, source, expected):
     assert blocks_taken(target, source) == expected
 
 
+def test_layers_without_a_score_keep_their_place_and_give_none():
+    """Of four blocks the last two are scored: they are places 2/3 and 1, not 0 and 1."""
+    source = stack("a", 4, "fc", "up", outside="head")
+    scores = {name: float(name[2]) for name in source if name[2] in "23"}
+    unscored = [name for name in source if name not in scores]
+    found = transfer_scores(scores, stack("b", 4, "fc", outside="head"), unscored)
+    assert found.scores == {"b.2.fc.weight": 2.0, "b.3.fc.weight": 3.0}
+    assert found.unmatched == ("b.0.fc.weight", "b.1.fc.weight", "head.weight")
+    assert found.unused == ("up",)
+
+
 def test_modules_are_matched_by_name_inside_the_block():
     source = numbered(stack("model.layers", 2, "attn.q", "attn.k", outside="lm_head"))
     found = transfer_scores(source, stack("transformer.h", 3, "attn.k", outside="lm_head"))

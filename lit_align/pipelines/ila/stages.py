@@ -122,7 +122,7 @@ def overlap(rankings: Mapping[str, LayerScores], layers: Layers, share: float) -
 def _transferred(file: str, layers: Layers, folder: Path) -> LayerScores:
     """The other architecture's scores on this model's layers; what did not fit is written down."""
     theirs = read_scores(file)
-    moved = transfer_scores(theirs.layers, layers.names)
+    moved = transfer_scores(theirs.layers, layers.names, theirs.unscored)
     write_json(folder / TRANSFER_FILE, dataclasses.asdict(moved))
     return dataclasses.replace(
         theirs, layers=moved.scores, base_fingerprint=layers.base_fingerprint
