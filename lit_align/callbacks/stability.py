@@ -49,8 +49,10 @@ class StopWhenStable(lightning.Callback):
         self._last_step, self._last_rate = 0, 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Count from where the run begins or goes on."""
+        """Count from where the run begins or goes on; one that was stable before does not go on."""
         self._last_step = trainer.global_step
+        if self.stable_at is not None:
+            trainer.should_stop = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -128,3 +128,13 @@ def test_a_resumed_fit_goes_on_with_its_losses(tiny_llama_dir, tmp_path):
     )
     assert run.global_step == whole.stable_at == resumed.stable_at == 9
     assert resumed.losses == whole.losses
+
+
+def test_a_fit_that_was_stable_does_not_go_on(tiny_llama_dir, tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = StopWhenStable(5.0, 2)
+    fit(tiny_llama_dir, tmp_path, whole, saving, max_epochs=2, enable_checkpointing=True)
+    again = StopWhenStable(5.0, 2)
+    run, _ = fit(tiny_llama_dir, tmp_path, again, max_epochs=2, ckpt_path=tmp_path / "step=6.ckpt")
+    assert run.global_step == again.stable_at == 6 and again.losses == whole.losses
+    assert json.loads((tmp_path / "stability.json").read_text())["steps"] == 6
