@@ -1,5 +1,6 @@
 """Whole ILA runs on a tiny model: LoRA and full, SFT and DPO, several data sets, transfer."""
 
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -18,8 +19,10 @@ from lit_align.language_model import load_tokenizer
 from lit_align.localizers.layer_gate import LayerScores, read_scores
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers
-from lit_align.pipelines.ila.data import as_ids
-from tests.pipelines.ila_settings import DATA, tiny_ila
+from lit_align.pipelines.ila.data import _check_batches, as_ids
+from lit_align.pipelines.ila.run import ILARun
+from lit_align.pipelines.ila.variants import choices
+from tests.pipelines.ila_settings import DATA, TINY, tiny_ila
 from tests.tiny_models import save_tiny_model, tiny_model
 
 SFT, PAIRS = str(DATA / "sft.jsonl"), str(DATA / "preference.jsonl")
@@ -304,10 +307,40 @@ def test_several_seeds_make_a_range(tiny_llama_dir, whole, tmp_path):
 
 
 def test_a_data_set_smaller_than_a_batch(tiny_llama_dir, tmp_path):
-    with pytest.raises(DataError, match=r"sft.jsonl has 8 train row.*stage1.batch_size 9"):
+    with pytest.raises(DataError, match=r"sft.jsonl: 8 train row.*stage1.batch_size 9"):
         tiny_ila(tiny_llama_dir, tmp_path / "run", stage1={"batch_size": 9})
     with pytest.raises(DataError, match=r"8 train row.*stage2.batch_size 10"):
         tiny_ila(tiny_llama_dir, tmp_path / "run", stage2={"batch_size": 10})
+    with pytest.raises(DataError, match=r"8 train row.*use.batch_size 9"):
+        tiny_ila(tiny_llama_dir, tmp_path / "run", use={"batch_size": 9})
+
+
+def test_rows_that_are_trained_on_together_are_counted_together(tmp_path):
+    small = str(tmp_path / "small.jsonl")
+    settings: dict[str, Any] = TINY | {"output": tmp_path, "model": "nowhere"}
+    settings["machine"] = settings.pop("run")
+    counts = {SFT: 8, small: 1}
+    both = dataclasses.replace(TINY["data"], train_files=(SFT, small))
+    _check_batches(ILARun(**settings | {"data": both}), counts)
+    apart = ILARun(**settings | {"data": dataclasses.replace(both, search_files=(small,))})
+    with pytest.raises(DataError, match=r"/small.jsonl: 1 train row.*stage1.batch_size 4"):
+        _check_batches(apart, counts)
+    change = dataclasses.replace(TINY["stage1"], change=("given",))
+    with pytest.raises(DataError, match=r"/small.jsonl: 1 train row.*stage2.batch_size 4"):
+        _check_batches(dataclasses.replace(apart, stage1=change), counts)
+
+
+def test_files_called_like_a_baseline_are_numbered(tmp_path):
+    data = dataclasses.replace(TINY["data"], search_files=("random_1.jsonl", "First.jsonl"))
+    use = dataclasses.replace(
+        TINY["use"], scores=("transferred.json", "shared.json"), transfer="other.json",
+        freeze=(0.25,), baselines=("random", "first", "last"),
+    )  # fmt: skip
+    groups = {name: TINY[name] for name in ("stage1", "stage2")}
+    run = ILARun(tmp_path, "nowhere", data=data, use=use, machine=TINY["run"], **groups)
+    assert list(run.rankings()) == ["random_1_2", "First_2", "transferred_2", "shared_2"]
+    names = [choice.name for choice in choices(run)]
+    assert len(set(names)) == len(names) == 4 * 2 + 1 + 2 + 4
 
 
 def test_a_share_without_validation_rows_names_the_file(tiny_llama_dir, tmp_path):
@@ -371,6 +404,7 @@ def test_scores_of_another_model_are_refused(tiny_llama_dir, tmp_path):
         ({"stage2": {"budget": 1.5}}, "stage2.budget is 1.5"),
         ({"use": {"max_length": 512}}, "set data.max_length in place of use.max_length"),
         ({"use": {"top": (0.0,)}}, "use.top"),
+        ({"use": {"top": (0.3, 0.3)}}, "use.top .* given once each"),
         ({"use": {"freeze": (1.0,)}}, "use.freeze"),
         ({"data": {"validation_fraction": 0.0}}, "give data.validation_files"),
         (

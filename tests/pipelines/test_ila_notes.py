@@ -55,10 +55,12 @@ def test_a_variant_without_a_validation_loss_is_left_out():
 
 
 def test_epsilon_met_and_never_met():
-    record = {"epsilon": 0.01, "window": 20, "steps": 60}
+    record = {"epsilon": 0.01, "window": 20, "steps": 60, "warmup_steps": 1}
     met, never = notes(stage1={"a": record | {"stable": True}, "b": record | {"stable": False}})
     assert met.startswith("a: ε-stable after 60 steps")
-    assert never.startswith("b: ε = 0.01 was never met") and "limit of 60 steps" in never
+    assert never.startswith("b: ε = 0.01 was never met") and "limit of 60 steps, and" in never
+    (short,) = notes(stage1={"c": record | {"stable": False, "warmup_steps": 2}})
+    assert "limit of 60 steps (too few to see it: that takes three windows of 20), and" in short
 
 
 def test_gates():

@@ -28,18 +28,20 @@ def prepare_rows(run: ILARun, folder: Path) -> None:
     """Tokenise every file once and split it once; the rows are written as token ids.
 
     Raises:
-        DataError: a file has fewer train rows than a batch of a stage that reads it.
+        DataError: the rows of a training are fewer than one of its batches.
     """
     validation: list[Row] = []
+    counts: dict[str, int] = {}
     for name, file in run.files.items():
         (folder / name).mkdir()
         rows = _read(run, file, folder / name)
-        _check_batches(run, file, len(rows.rows("train")))
+        counts[file] = len(rows.rows("train"))
         write_jsonl(folder / name / "train.jsonl", map(as_ids, rows.rows("train")))
         if file not in run.data.train_files:
             continue
         if not (validation and run.data.validation_files):  # given files are every file's
             validation += map(as_ids, rows.rows("validation"))
+    _check_batches(run, counts)
     write_jsonl(folder / "validation.jsonl", validation)
 
 
@@ -51,18 +53,20 @@ def _read(run: ILARun, file: str, folder: Path) -> SFTDataModule | PreferenceDat
         raise DataError(f"{file}: {error}") from error
 
 
-def _check_batches(run: ILARun, file: str, rows: int) -> None:
-    searched = not run.data.search_files or file in run.data.search_files
-    sizes = {}
-    if run.stage1.enabled and searched:
-        sizes = {"stage1": run.stage1.batch_size, "stage2": run.stage2.batch_size}
-    if file in run.data.train_files:
-        sizes["use"] = run.use.batch_size
-    for group, size in sizes.items():
+def _check_batches(run: ILARun, counts: dict[str, int]) -> None:
+    """Check that what is trained on together (file → train rows) is a batch at least."""
+    trainings = [("use", run.use.batch_size, run.data.train_files)]
+    for dataset, names in run.datasets.items() if run.stage1.enabled else ():
+        files = tuple(run.files[name] for name in names)
+        if dataset in run.fine_tuned:
+            trainings.append(("stage1", run.stage1.batch_size, files))
+        trainings.append(("stage2", run.stage2.batch_size, files))
+    for group, size, files in trainings:
+        rows = sum(counts[file] for file in files)
         if rows < size:
             raise DataError(
-                f"{file} has {rows} train row(s), less than one batch of {group}.batch_size "
-                f"{size}: give more rows, or a smaller batch"
+                f"{' and '.join(files)}: {rows} train row(s), less than one batch of "
+                f"{group}.batch_size {size}: give more rows, or a smaller batch"
             )
 
 

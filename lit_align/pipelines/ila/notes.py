@@ -61,9 +61,12 @@ def _on_stability(stage1: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 f"step, windows of {found['window']} steps)."
             )
         else:
+            few = found["steps"] - found["warmup_steps"] < 3 * found["window"] - 1
+            too_few = f" (too few to see it: that takes three windows of {found['window']})"
             yield (
                 f"{dataset}: ε = {found['epsilon']:g} was never met: the training went to its "
-                f"limit of {found['steps']} steps, and the change is that of its end."
+                f"limit of {found['steps']} steps{too_few if few else ''}, and the change is that "
+                "of its end."
             )
 
 

@@ -23,6 +23,8 @@ SCORES_FILE = "scores.json"
 TRANSFERRED = "transferred"
 LAST = "last"
 MOST_LETTERS = 24  # of a data set's name inside a stage's name
+# Names that variants of their own begin with: no data set and no ranking is called so.
+RESERVED = (TRANSFERRED, "shared", "random_1", "random_2", "first", "last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +180,8 @@ class ILARun:
 
 
 def _named(files: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
-    """Short name → file; files of the same name are numbered."""
-    used = {name.lower() for name in taken}
+    """Short name → file; files of the same name, or of one that is taken, are numbered."""
+    used = {name.lower() for name in (*RESERVED, *taken)}
     named: dict[str, str] = {}
     for file in dict.fromkeys(files):
         stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(file).stem).strip("_")[:MOST_LETTERS] or "rows"

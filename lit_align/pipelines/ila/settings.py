@@ -24,8 +24,14 @@ Method: TypeAlias = Literal["full", "lora", "qlora", "adalora"]
 Baseline: TypeAlias = Literal["full", "all", "random", "first", "last", "adalora"]
 BASELINES: tuple[Baseline, ...] = ("full", "all", "random", "first", "last", "adalora")
 
-RATIOS = Rule(lambda x: all(RATIO.holds(v) for v in x), "shares in (0, 1]")
-FRACTIONS = Rule(lambda x: all(0 < v < 1 for v in x), "shares in (0, 1)")
+RATIOS = Rule(
+    lambda x: all(RATIO.holds(v) for v in x) and len(set(x)) == len(x),
+    "shares in (0, 1], given once each",
+)
+FRACTIONS = Rule(
+    lambda x: all(0 < v < 1 for v in x) and len(set(x)) == len(x),
+    "shares in (0, 1), given once each",
+)
 RISING = Rule(
     lambda x: len(x) > 0 and RATIOS.holds(x) and list(x) == sorted(set(x)),
     "shares in (0, 1] that rise",
