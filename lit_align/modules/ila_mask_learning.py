@@ -80,6 +80,12 @@ class ILAMaskLearning(LanguageModelModule):
         check_choice("optimizer", optimizer, get_args(ScoreOptimizer))
         if budget is not None and not 0 <= budget <= 1:
             raise TrainingError(f"budget {budget} is a share of the layers, in [0, 1]")
+        if not (math.isfinite(initial_score) and budget_weight >= 0):
+            raise TrainingError(
+                f"initial_score {initial_score} must be finite, budget_weight {budget_weight} >= 0"
+            )
+        if optimizer == "gradient_descent" and settings.get("weight_decay"):
+            raise TrainingError("weight_decay is AdamW's: leave it out, or set optimizer adamw")
         if settings.get("adapter") is not None:
             raise TrainingError(
                 "ILAMaskLearning trains nothing but scores: give the adapters' folder as change"

@@ -298,6 +298,9 @@ def test_settings_that_cannot_be(changes):
         ({"loss": "npo"}, "loss 'npo': choose one of sft, dpo"),
         ({"optimizer": "sgd"}, "optimizer 'sgd'"),
         ({"budget": 1.5}, r"budget 1.5 is a share of the layers"),
+        ({"initial_score": math.inf}, "initial_score inf must be finite"),
+        ({"budget": 0.5, "budget_weight": -1.0}, "budget_weight -1.0 >= 0"),
+        ({"weight_decay": 0.1}, "weight_decay is AdamW's"),
         ({"adapter": AdapterSettings()}, "give the adapters' folder as change"),
     ):
         with pytest.raises(TrainingError, match=message):

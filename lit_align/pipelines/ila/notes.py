@@ -95,8 +95,8 @@ def _on_transfer(transfer: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"{len(transfer['scores'])} layers take their score from the other architecture."
     if transfer["unmatched"]:
         yield (
-            f"{_some(transfer['unmatched'])} have no counterpart with a score there and stay frozen "
-            "in every transferred variant."
+            f"{_some(transfer['unmatched'])} have no counterpart there that has a score, and stay "
+            "frozen in every transferred variant."
         )
     if transfer["unused"]:
         yield f"The model has no module called {', '.join(transfer['unused'])}, which is ranked."
