@@ -116,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
     except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:
-        # jsonargparse wraps what the constructors of a config's classes raise.
-        wrapped = isinstance(error, ValueError) and error.__cause__ is not None
-        cause = error.__cause__ if wrapped else error
+        cause: BaseException = error
+        # jsonargparse wraps what the constructors of a config's classes raise, nested ones twice.
+        while isinstance(cause, ValueError) and cause.__cause__ is not None:
+            cause = cause.__cause__
         if not isinstance(cause, LitAlignError | OSError | MisconfigurationException):
             raise  # a defect of ours: its traceback is wanted
         print(f"lit-align: {cause}", file=sys.stderr)
