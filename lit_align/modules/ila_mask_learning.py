@@ -16,8 +16,9 @@ from lit_align.compact.gates import LayerGates, closed_gates, gate, layer_gates,
 from lit_align.errors import TrainingError
 from lit_align.localizers.layer_gate import LayerScores
 from lit_align.masks.linear_layers import linear_layers
-from lit_align.modules.base import LanguageModelModule, Objective, check_choice
+from lit_align.modules.base import LanguageModelModule, Objective
 from lit_align.modules.forward import per_token_logps
+from lit_align.modules.loaded import check_choice
 from lit_align.modules.masked_dpo import MaskedDPO
 from lit_align.modules.metric_log import MetricLog
 from lit_align.modules.sft import SupervisedFineTuning

@@ -13,8 +13,9 @@ from lit_align.batch import PackedBatch
 from lit_align.compact import reference_policy
 from lit_align.errors import TrainingError
 from lit_align.losses import npo_loss, sequence_lengths, sequence_logps, token_npo_losses
-from lit_align.modules.base import LanguageModelModule, Objective, check_choice
+from lit_align.modules.base import LanguageModelModule, Objective
 from lit_align.modules.forward import scaled_logits, target_hidden
+from lit_align.modules.loaded import check_choice
 from lit_align_kernels.weighted_preference_loss import ChunkLoss, TokenNPO
 
 KL_CHUNK = 128  # retained tokens whose full distributions exist at once

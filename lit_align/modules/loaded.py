@@ -1,0 +1,227 @@
+"""How modules come by their model: load, ask for a mask, restrict, reference log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, SchedulerType
+
+from lit_align.compact import Delta, apply_delta, restrict
+from lit_align.compact.adapters import (
+    AdapterSettings,
+    adapter_share,
+    add_adapters,
+    has_adapters,
+)
+from lit_align.errors import TrainingError
+from lit_align.language_model import load_language_model
+from lit_align.masks import ParameterMask, named_shapes
+from lit_align.modules import reference_logps
+from lit_align.modules.forward import check_head
+from lit_align.modules.optimized import OptimizedModule
+
+Reference = Literal["cache", "swap"]
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class LoadedModule(OptimizedModule):
+    """Holds the settings, and loads its model in `configure_model`.
+
+    A callback with `parameter_mask(trainer, module)` (`KeyParameterLocalization`) may restrict
+    training to a mask there.
+    """
+
+    uses_reference: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        delta: str | None = None,
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lr_scheduler: str = "cosine",
+        min_lr_ratio: float = 0.0,
+        warmup_ratio: float = 0.1,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+        trust_remote_code: bool = False,
+        reference: Reference = "cache",
+        reference_cache: str | None = None,
+        stochastic_rounding: bool = False,
+        adapter: AdapterSettings | None = None,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            model: local folder, hub id or alias of a causal language model.
+            delta: file of a delta to apply to it first; the reference policy includes it.
+            learning_rate: peak.
+            weight_decay: decoupled, on trained entries alone.
+            betas: of AdamW.
+            eps: of AdamW.
+            lr_scheduler: a name that `transformers.get_scheduler` knows.
+            min_lr_ratio: of `cosine`: the share of the peak that it ends at.
+            warmup_ratio: share of all steps with linear warm-up.
+            gradient_checkpointing: trade time for activation memory.
+            attn_implementation: of transformers.
+            trust_remote_code: let the model's folder bring code of its own.
+            reference: `cache` computes the reference's log-probs of all rows once before training;
+                `swap` swaps base values in at every step (needs a mask or
+                an adapter).
+            reference_cache: folder to keep those log-probs in; None keeps them in memory.
+            stochastic_rounding: with `trainer.precision` bf16-true or 16-true, train the weights
+                without fp32 masters, rounding updates up or down at random.
+            adapter: train adapters (LoRA, AdaLoRA, QLoRA) in place of the weights; a mask of whole
+                layers says which layers get one.
+
+        Raises:
+            TrainingError: an unknown lr_scheduler or reference.
+        """
+        check_choice("lr_scheduler", lr_scheduler, [s.value for s in SchedulerType])
+        check_choice("reference", reference, get_args(Reference))
+        if min_lr_ratio and (lr_scheduler != "cosine" or not 0 <= min_lr_ratio <= 1):
+            raise TrainingError(
+                f"min_lr_ratio {min_lr_ratio} is a share of the peak in [0, 1], of cosine alone; "
+                f"lr_scheduler is {lr_scheduler}"
+            )
+        super().__init__()
+        self.save_hyperparameters()
+        self.adapter = AdapterSettings.of(adapter)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def settings(self) -> Any:
+        """The arguments that the module was made with."""
+        return self.hparams
+
+    def configure_model(self) -> None:
+        """Load the model, ask for a mask, restrict; compute reference log-probs on the way."""
+        if self.language_model is not None:
+            return
+        h: Any = self.hparams
+        precision = self.trainer.precision
+        dtype = DTYPES.get(str(precision), torch.float32)
+        if h.stochastic_rounding and (dtype == torch.float32 or self.adapter is not None):
+            trained = "fp32 adapters" if self.adapter else f"weights in {precision}"
+            raise TrainingError(
+                f"stochastic_rounding trains 16-bit weights, and this run {trained}: set "
+                "trainer.precision bf16-true or 16-true, without an adapter"
+            )
+        self.language_model, self.tokenizer = load_language_model(
+            h.model,
+            dtype=dtype,
+            attn_implementation=h.attn_implementation,
+            trust_remote_code=h.trust_remote_code,
+            nf4_on=self.trainer.strategy.root_device if self._quantization == "nf4" else None,
+        )
+        if h.delta:
+            apply_delta(self.model, h.delta)
+            self.delta_checksum = Delta.load(h.delta).checksum
+        nn.Module.to(self.model, self.trainer.strategy.root_device)
+        check_head(self.model)
+        self.mask = self._requested_mask()
+        if self.uses_reference and h.reference == "cache":
+            self._attach_reference_logps()
+        _disable_dropout(self.model)  # the base's: adapters bring their own
+        self._restrict(dtype)
+        if self.adapter is not None and not has_adapters(self.model):
+            raise TrainingError(f"{type(self).__name__} takes no adapter: leave it out")
+        if h.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        # Frozen weights and buffers are equal on every rank: DDP need not send them.
+        self._ddp_params_and_buffers_to_ignore = self._untrained_names()
+
+    def trained_share(self) -> float:
+        """Trained parameters, an adapter's too, as a share of the base's."""
+        return adapter_share(self.model) if has_adapters(self.model) else super().trained_share()
+
+    @property
+    def _quantization(self) -> str:
+        return "none" if self.adapter is None else self.adapter.quantization
+
+    def _restrict(self, dtype: torch.dtype) -> None:
+        """Train adapters, the mask's entries, or everything."""
+        h: Any = self.hparams
+        if self.adapter is not None:
+            add_adapters(self.model, self.adapter, self.mask)
+            self.mask = None  # it said where adapters go
+            return
+        # Base values of a mask's entries are few; rows that come only after training need them.
+        keep_base = self.uses_reference and (self.mask is not None or h.reference == "swap")
+        if self.mask is None and dtype != torch.float32:
+            # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.
+            self.mask = ParameterMask.full(named_shapes(self.model))
+        if self.mask is not None:
+            masters = not h.stochastic_rounding
+            restrict(self.model, self.mask, keep_base=keep_base, masters=masters)
+
+    def _requested_mask(self) -> ParameterMask | None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "parameter_mask"):
+                mask = callback.parameter_mask(self.trainer, self)
+                if mask is not None:
+                    return mask
+        return None
+
+    def _untrained_names(self) -> list[str]:
+        frozen = [n for n, p in self.named_parameters() if not p.requires_grad]
+        return frozen + [n for n, _ in self.named_buffers()]
+
+    def _attach_reference_logps(self) -> None:
+        """Compute (or read) reference log-probs of the rows this run uses; batches carry them."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "attach_reference_logps"):
+            raise TrainingError(
+                "reference: cache needs one of lit-align's data modules; use reference: swap"
+            )
+        self.model.eval()
+        for split in ("train", "validation", "test", "predict"):
+            if data.has_rows(split):
+                data.attach_reference_logps(split, self._reference_logps_of(data, split))
+
+    def _reference_logps_of(self, data: Any, split: str) -> reference_logps.RowLogps:
+        h: Any = self.hparams
+        key = data.reference_key(split) | {
+            "model": self.model.base_fingerprint,
+            "delta": self.delta_checksum,
+            "precision": str(self.trainer.precision),
+        }
+        if self._quantization != "none":
+            key["quantization"] = self._quantization
+        path = Path(h.reference_cache) / f"{split}.safetensors" if h.reference_cache else None
+        if path is not None and path.exists():
+            return reference_logps.read(path, key)
+        loader = data.dataloader(split, data.eval_batch_size)
+        plugin = self.trainer.precision_plugin
+        rows = reference_logps.compute(self.model, loader, len(data.rows(split)), plugin)
+        if path is not None and self.trainer.is_global_zero:
+            reference_logps.write(path, rows, key)
+        return rows
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a setting that is none of its choices.
+
+    Raises:
+        TrainingError: names them.
+    """
+    if value not in choices:
+        raise TrainingError(f"{name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """A policy and its reference are compared token by token: dropout would be noise in both."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # given to attention at each call
+                setattr(module, name, 0.0)
