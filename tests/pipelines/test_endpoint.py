@@ -120,6 +120,7 @@ def test_a_slow_endpoint_is_given_up_and_asked_again(tmp_path):
 
 
 GARBAGE = [b"<html>ok</html>", b"{}", b'{"choices": []}', b"\xff\xfe", b"null", b"[" * 100_000]
+GARBAGE += [completion("half a surrogate pair: \ud800")[2]]
 
 
 @pytest.mark.parametrize("body", GARBAGE)
@@ -162,6 +163,33 @@ def test_a_wrong_key_or_address_stops_at_once_and_the_key_is_not_shown(status, t
         with pytest.raises(PipelineError, match=f"status {status}: bad key <key>") as error:
             ask(endpoint, PROMPTS, progress=False)
     assert len(stub.requests) <= 2 and SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("said", [completion(f"Bearer {SECRET}")[2], SECRET.encode()])
+def test_a_key_that_is_repeated_is_not_kept(said, tmp_path):
+    with StubEndpoint(lambda *_: (200, {}, said)) as stub:
+        [[answer]] = ask(at(stub, tmp_path, key_variable=KEY), PROMPTS[:1], progress=False)
+    kept = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
+    assert "<key>" in (answer.text or answer.detail) and SECRET not in f"{answer} {kept}"
+
+
+@pytest.mark.parametrize("key", ["sk-a\nsk-secret", "sk-secret€"])
+def test_a_key_that_no_header_can_hold_is_not_shown(key, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(PipelineError, match="holds no API key") as error:
+        ask(Endpoint("http://127.0.0.1:1", "m", tmp_path, key_variable=KEY), PROMPTS)
+    assert "secret" not in str(error.value)
+
+
+def test_an_error_that_breaks_off_is_asked_again(tmp_path):
+    broken = (500, {"Transfer-Encoding": "chunked"}, b"5\r\nab")
+
+    def first_broken(number, messages):
+        return broken if number == 1 else echo(number, messages)
+
+    with StubEndpoint(first_broken) as stub:
+        found = ask(at(stub, tmp_path, timeout_seconds=0.3), PROMPTS[:1], progress=False)
+    assert texts(found) == [["to question 0"]] and len(stub.requests) == 2
 
 
 def test_redirects_are_not_followed(tmp_path):
@@ -214,6 +242,11 @@ def test_a_damaged_cache_is_named(tmp_path):
         ("https://me:secret@host/v1", "no key and no query"),
         ("https://host/v1?api-key=secret", "no key and no query"),
         ("https://host/v1/chat/completions", "without /chat/completions"),
+        ("http://host:secret/v1", "no address"),
+        ("http://host:99999/v1", "no address"),
+        ("http://[::1/v1", "no address"),
+        ("http://a..b/v1", "no address"),
+        ("http://host/v 1", "no address"),
     ],
 )
 def test_addresses_that_cannot_be(url, message, tmp_path):

@@ -82,7 +82,7 @@ class Endpoint:
         """The API key.
 
         Raises:
-            PipelineError: the variable that shall hold it is not set.
+            PipelineError: the variable that shall hold it is not set, or holds no key.
         """
         if self.key_variable is None:
             return None
@@ -91,6 +91,11 @@ class Endpoint:
             raise PipelineError(
                 f"the environment variable {self.key_variable}, which shall hold the API key for "
                 f"{self.url}, is not set"
+            )
+        if not (key.isascii() and key.isprintable()):  # the header's own error would show it
+            raise PipelineError(
+                f"the environment variable {self.key_variable} holds no API key: line breaks, or "
+                "characters that are not ASCII"
             )
         return key
 
@@ -115,7 +120,14 @@ def check_url(url: str) -> None:
     Raises:
         PipelineError: says what it has to be.
     """
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        readable = parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:
+        readable = False
+    if not readable:  # the error's own words may show a password
+        raise PipelineError("teacher_url is no address: see its host, its port, white space")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise PipelineError(f"teacher_url {url!r}: it must begin with http:// or https://")
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -205,19 +217,17 @@ class Request:
         request = urllib.request.Request(self.endpoint.address, body, headers, method="POST")
         try:
             with OPENER.open(request, timeout=self.endpoint.timeout_seconds) as reply:
-                return _answer(reply.read(LONGEST_REPLY_BYTES))
+                return _answer(_read(reply, key))
         except urllib.error.HTTPError as error:
-            return self._refused(error, key)
+            with error:
+                said = _read(error, key).decode("utf-8", "replace")
+            return self._refused(error, said)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
             raise _NoAnswerError(f"no connection or no reply in time: {reason}") from error
 
-    def _refused(self, error: urllib.error.HTTPError, key: str | None) -> Answer:
+    def _refused(self, error: urllib.error.HTTPError, said: str) -> Answer:
         """What a status of 300 and more means."""
-        with error:
-            said = error.read(LONGEST_REPLY_BYTES).decode("utf-8", "replace")
-        if key:
-            said = said.replace(key, "<key>")  # some servers repeat it
         detail = f"status {error.code}: {' '.join(said.split())[:SHOWN_CHARACTERS]}"
         if error.code in RETRIED:
             raise _NoAnswerError(detail, _seconds(error.headers.get("Retry-After"))) from error
@@ -236,6 +246,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(_NoRedirect)
 
 
+def _read(reply: Any, key: str | None) -> bytes:
+    """What a reply says, without the key, which some servers repeat.
+
+    Raises:
+        _NoAnswerError: it breaks off.
+    """
+    try:
+        body: bytes = reply.read(LONGEST_REPLY_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise _NoAnswerError(f"the reply breaks off: {error or type(error).__name__}") from error
+    return body.replace(key.encode(), b"<key>") if key else body
+
+
 def _answer(body: bytes) -> Answer:
     """The text of a reply.
 
@@ -245,6 +268,7 @@ def _answer(body: bytes) -> Answer:
     shown = body[:SHOWN_CHARACTERS].decode("utf-8", "replace")
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
+        str(text).encode()  # half a surrogate pair is no text
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise _MalformedError(f"not a chat completion: {shown}") from error
     if not isinstance(text, str):
@@ -255,6 +279,7 @@ def _answer(body: bytes) -> Answer:
 def _seconds(retry_after: str | None) -> float | None:
     """`Retry-After` in seconds; a date, which it may also be, is left to the backoff."""
     try:
-        return max(float(retry_after or ""), 0.0)
+        seconds = float(retry_after or "")
     except ValueError:
         return None
+    return seconds if seconds >= 0 else None  # NaN is neither
