@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.data import RowTokenizer
 from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.data.files import read_rows
 from lit_align.data.formats import FORMATS, parse_row
-from lit_align.data.schema import PreferenceRow, SFTRow, is_messages
+from lit_align.data.schema import PreferenceRow, SFTRow, TokenizedRow, is_messages
 from lit_align.data.validate import check_row, check_text
 from lit_align.errors import DataError
 from lit_align.evaluation import (
@@ -32,6 +33,23 @@ from lit_align.pipelines.settings import DataKind, DataSettings
 from lit_align.pipelines.word_problems import word_problems
 
 Row = dict[str, Any]
+
+
+def as_ids(row: TokenizedRow) -> Row:
+    """A tokenised row as columns that the data modules read back to the same tokens."""
+    first = row.sequences[0]
+    columns: Row = {"prompt_ids": first.prompt_ids.tolist()}
+    if len(row.sequences) == 1:
+        names = [("response_ids", "token_weights")]
+    else:
+        names = [("chosen_ids", "chosen_token_weights"), ("rejected_ids", "rejected_token_weights")]
+    for sequence, (ids, weights) in zip(row.sequences, names, strict=True):
+        if not np.array_equal(sequence.prompt_ids, first.prompt_ids):
+            raise DataError(f"row {row.row_id}: the two responses have prompts of other tokens")
+        columns[ids] = sequence.response_ids.tolist()
+        if sequence.token_weights is not None:
+            columns[weights] = sequence.token_weights.tolist()
+    return columns
 
 
 def as_response(prompt: Any, response: Any) -> Any:

@@ -20,8 +20,7 @@ from lit_align.masks.head_sets import (
     random_heads,
 )
 from lit_align.pipelines.alps.run import ALPSRun, Tuning
-from lit_align.pipelines.ila.data import as_ids
-from lit_align.pipelines.rows import write_json, write_jsonl
+from lit_align.pipelines.rows import as_ids, write_json, write_jsonl
 from lit_align.pipelines.settings import TrainSettings
 from lit_align.pipelines.variants import (
     Variant,

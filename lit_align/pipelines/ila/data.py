@@ -7,17 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lit_align.data import PreferenceDataModule, SFTDataModule
-from lit_align.data.schema import TokenizedRow
 from lit_align.errors import DataError
 from lit_align.language_model import load_language_model
 from lit_align.localizers.same_model import check_same_architecture, check_same_tokenizer
 from lit_align.masks import named_shapes
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.pipelines.ila.run import ILARun
-from lit_align.pipelines.rows import Row, write_json, write_jsonl
+from lit_align.pipelines.rows import Row, as_ids, write_json, write_jsonl
 from lit_align.pipelines.training import inference_device
 from lit_align.pipelines.variants import data_module
 
@@ -68,23 +65,6 @@ def _check_batches(run: ILARun, counts: dict[str, int]) -> None:
                 f"{' and '.join(files)}: {rows} train row(s), less than one batch of "
                 f"{group}.batch_size {size}: give more rows, or a smaller batch"
             )
-
-
-def as_ids(row: TokenizedRow) -> Row:
-    """A tokenised row as columns that the data modules read back to the same tokens."""
-    first = row.sequences[0]
-    columns: Row = {"prompt_ids": first.prompt_ids.tolist()}
-    if len(row.sequences) == 1:
-        names = [("response_ids", "token_weights")]
-    else:
-        names = [("chosen_ids", "chosen_token_weights"), ("rejected_ids", "rejected_token_weights")]
-    for sequence, (ids, weights) in zip(row.sequences, names, strict=True):
-        if not np.array_equal(sequence.prompt_ids, first.prompt_ids):
-            raise DataError(f"row {row.row_id}: the two responses have prompts of other tokens")
-        columns[ids] = sequence.response_ids.tolist()
-        if sequence.token_weights is not None:
-            columns[weights] = sequence.token_weights.tolist()
-    return columns
 
 
 @dataclasses.dataclass(frozen=True)
