@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make no network call
@@ -17,6 +18,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _two_threads():
     torch.set_num_threads(2)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """A pipeline collects garbage before every stage: let it skip what pytest holds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Every file of configs/ runs: on a tiny model, with what is small about it said here."""
 
-import gc
 import json
 import re
 import sys
@@ -51,14 +50,7 @@ SMALL = {
     "improve.max_steps": 1, "warm_up.learning_rate": 1e-3, "evaluate.max_new_tokens": 8,
 }  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """A pipeline collects garbage before every stage: let it skip what pytest holds."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Whole runs on a tiny model: all kinds of data, token weights and masks; resuming; results."""
 
-import gc
 import json
 import os
 import shutil
@@ -26,19 +25,7 @@ STAGES = [
     "evaluate_allo",
 ]  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """A pipeline collects garbage before every stage: let it skip what pytest holds."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Whole ALPS runs on a tiny model: with and without a task model, SFT and DPO, transfer, seeds."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -23,19 +22,7 @@ LAYOUT = HeadLayout.from_model(tiny_model())  # 2 blocks of 4 heads in 2 groups
 TOTAL = tiny_model().num_parameters()
 QKV = 2 * (32 + 16 + 16) * 32
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """A pipeline collects garbage before every stage: let it skip what pytest holds."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture(scope="module")

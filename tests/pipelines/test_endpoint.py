@@ -16,7 +16,7 @@ from lit_align.pipelines.rewards.endpoint_request import MALFORMED, REFUSED
 from lit_align.pipelines.rewards.predictions import Prediction
 from lit_align.pipelines.rows import write_jsonl
 from lit_align.pipelines.settings import DataSettings, SFTSettings, TokenRewardSettings
-from tests.pipelines.allo_settings import TINY
+from tests.pipelines.allo_settings import TINY, tiny_allo
 from tests.pipelines.stub_endpoint import StubEndpoint, completion, slowly
 from tests.tiny_models import tiny_tokenizer
 
@@ -366,3 +366,28 @@ def test_what_cannot_work_is_said_before_the_first_stage(tiny_llama_dir, tmp_pat
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(PipelineError, match=message):
         TokenRewardSettings(**settings)
+
+
+@pytest.mark.usefixtures("frozen")
+def test_a_whole_run_with_corrections_from_an_endpoint(tiny_llama_dir, tmp_path):
+    """From the settings to the delta; a second run asks nothing."""
+
+    def teach(number, messages):
+        solution = messages[0]["content"].split("Right solution:\n")[1].split("\n\nA student's")[0]
+        return completion(f"First wrong step: all\nCorrected solution:\n{solution}")
+
+    corrections = {"kind": "binary", "teacher": "endpoint", "teacher_model": "m"}
+    corrections |= {"teacher_key_variable": KEY, "max_length": 384}
+    with StubEndpoint(teach) as stub:
+        rewards = corrections | {"teacher_url": stub.url}
+        small = {"token_rewards": rewards, "sft": {"enabled": False}, "sample": {"num_samples": 1}}
+        small["data"] = {"train_rows": 3, "held_out_rows": 2}
+        tiny_allo(tiny_llama_dir, tmp_path / "run", **small)
+        asked = len(stub.requests)
+        tiny_allo(tiny_llama_dir, tmp_path / "run", **small)
+    written = (tmp_path / "run" / "corrections" / "corrections.json").read_text("utf-8")
+    counts = json.loads(written)["counts"]
+    assert counts == {"predictions": asked, "accepted": asked} and asked == len(stub.requests) > 0
+    assert (tmp_path / "run" / "export" / "delta.safetensors").is_file()
+    kept = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
+    assert not any(SECRET.encode() in each for each in kept)

@@ -23,11 +23,6 @@ TWO_TURNS = [
 PROMPTS = [{"id": str(i), "prompt": f"How many apples are {i}?"} for i in range(5)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def write(path: Path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return str(path)

@@ -1,7 +1,6 @@
 """Whole ILA runs on a tiny model: LoRA and full, SFT and DPO, several data sets, transfer."""
 
 import dataclasses
-import gc
 import importlib.util
 import json
 import shutil
@@ -29,19 +28,7 @@ SFT, PAIRS = str(DATA / "sft.jsonl"), str(DATA / "preference.jsonl")
 SEARCH = ["data", "layers", "change_sft", "scores_sft_last", "masks", "base"]
 LAYERS = list(linear_layers(tiny_model()))  # 2 blocks of 7, and the tied head
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """A pipeline collects garbage before every stage: let it skip what pytest holds."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture(scope="module")

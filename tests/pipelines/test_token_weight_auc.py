@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lit_align.data.templates import TRANSCRIPT
 from lit_align.errors import DataError, PipelineError
@@ -222,7 +221,6 @@ def test_each_kind_of_weight_by_hand(tiny_llama_dir, tmp_path, monkeypatch):
 
 
 def test_a_whole_run_and_its_second_start(tiny_llama_dir, tmp_path, capsys):
-    torch.set_num_threads(1)
     rows = [row(i, spans=((8, 10), (19, 22 + i % 3))) for i in range(9)]
     rows += [row(9, spans=()), row(10, corrected=None), row(11, gold="word " * 300)]
     file, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
