@@ -10,9 +10,10 @@ from lit_align.compact.adapters import (
     save_adapters,
     without_adapters,
 )
-from lit_align.compact.change import Change, LowRank, read_change, save_change
+from lit_align.compact.change import Change, read_change, save_change
 from lit_align.compact.delta import Delta, apply_delta, export_delta, merge, revert_delta
 from lit_align.compact.gates import LayerGates, closed_gates, gate, layer_gates, open_gates
+from lit_align.compact.low_rank import LowRank
 from lit_align.compact.reference import reference_policy
 from lit_align.compact.restrict import head_handle, head_inputs, restrict
 from lit_align.compact.state import links

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_align.compact.adapter_layers import ADAPTER, adapted_modules, adapter_state, full_shapes
-from lit_align.compact.change import LowRank
+from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError
 from lit_align.masks.linear_layers import linear_layers, module_names
 

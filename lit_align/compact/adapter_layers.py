@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from lit_align.compact.adapter_settings import AdapterSettings
-from lit_align.compact.change import LowRank
+from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.token_logprobs import WeightHandle

@@ -33,7 +33,7 @@ from lit_align.compact.adapter_layers import (
 )
 from lit_align.compact.adapter_settings import AdapterSettings
 from lit_align.compact.adapter_targets import chosen_modules
-from lit_align.compact.change import LowRank
+from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers

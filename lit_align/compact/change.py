@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_align.compact.adapter_files import load_adapters, save_adapters
+from lit_align.compact.adapters import has_adapters
 from lit_align.compact.delta import Delta, _weight_shapes, export_delta, selected_names
+from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError
 from lit_align.files import sha256_of_file
 from lit_align.language_model import fingerprint
@@ -22,21 +25,6 @@ from lit_align_kernels.swap_selected import scatter_selected_
 DELTA_FILE = "delta.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """The change of one linear layer that an adapter makes: ΔW = scale · b @ a.
-
-    Attributes:
-        a: (r, in).
-        b: (out, r).
-        scale: alpha / r, as the adapter applies it.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +51,6 @@ def save_change(model: nn.Module, folder: str | Path) -> Path:
     Returns:
         The folder.
     """
-    from lit_align.compact.adapters import has_adapters, save_adapters  # they import LowRank
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if has_adapters(model):
@@ -96,8 +82,6 @@ def read_change(folder: str | Path, model: nn.Module) -> Change:
     """
     folder = Path(folder)
     if (folder / ADAPTER_FILE).is_file():
-        from lit_align.compact.adapter_files import load_adapters  # they import LowRank
-
         found = Change(dict(load_adapters(folder, model)), {})
     elif (folder / DELTA_FILE).is_file():
         found = _of_delta(folder / DELTA_FILE, model)

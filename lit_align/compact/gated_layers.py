@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_align.compact.change import LowRank
 from lit_align.compact.gated_products import gated_product, gated_weight
+from lit_align.compact.low_rank import LowRank
 from lit_align.compact.restrict import head_handle
 from lit_align_kernels.token_logprobs import WeightHandle
 

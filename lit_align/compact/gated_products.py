@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_align.compact.change import LowRank
+from lit_align.compact.low_rank import LowRank
 from lit_align_kernels.products import add_product, product
 
 

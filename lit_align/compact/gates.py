@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.compact.adapters import has_adapters
-from lit_align.compact.change import Change, LowRank
+from lit_align.compact.change import Change
 from lit_align.compact.gated_layers import SCORE, Gate, Switch, is_plain_linear, make_gated
+from lit_align.compact.low_rank import LowRank
 from lit_align.compact.restrict import _owners
 from lit_align.errors import ModelError, TrainingError
 from lit_align.masks.linear_layers import linear_layers

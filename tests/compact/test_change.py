@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lit_align.compact import AdapterSettings, add_adapters, restrict, trainable
-from lit_align.compact.change import Change, LowRank, change_checksum, read_change, save_change
+from lit_align.compact.change import Change, change_checksum, read_change, save_change
+from lit_align.compact.low_rank import LowRank
 from lit_align.compact.write_through import sync
 from lit_align.errors import DeltaError, LocalizationError, MaskError, ModelError
 from lit_align.language_model import load_language_model, save_language_model

@@ -10,9 +10,10 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.compact import AdapterSettings, add_adapters, head_inputs, restrict, trainable
-from lit_align.compact.change import Change, LowRank
+from lit_align.compact.change import Change
 from lit_align.compact.gated_layers import gate_of
 from lit_align.compact.gates import closed_gates, gate, layer_gates, open_gates, weight_shapes
+from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError, TrainingError
 from lit_align.masks import ParameterMask, named_shapes
 from lit_align.masks.linear_layers import linear_layers, module_names
