@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_align.report.figures import Curves, HeatMap, Histogram
 from lit_align.report.heat_maps import paint_heat_map, size_of_heat_map
-from lit_align.report.text import literal
+from lit_align.report.text import literal, paragraph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,8 @@ LINES = ("#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#b45309", "#0e7490")
 MAX_POINTS = 1500  # of a line; more only make the file bigger
 MAX_MARKED_POINTS = 25
 SMALL = 8.5  # pt
+MAX_LINES_INSIDE = 3  # with more, the legend stands beside the lines that it would hide
+LETTERS_PER_INCH, LINE_INCHES = 15, 0.17  # of a caption
 STYLE: Any = {  # matplotlib's type for this is a Literal of every key it knows
     "svg.fonttype": "path",  # the report looks the same on a machine without our fonts
     "svg.hashsalt": "lit-align",  # the same numbers give the same bytes
@@ -44,7 +46,7 @@ def draw(figure: Curves | Histogram | HeatMap) -> str:
 
 
 def picture(figure: Curves | Histogram | HeatMap, kind: Literal["svg", "png"]) -> bytes:
-    """The figure with its title, as the bytes of a file.
+    """The figure with its title and caption, as the bytes of a file.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -57,19 +59,29 @@ def _render(figure: Curves | Histogram | HeatMap, kind: str, *, titled: bool) ->
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        canvas = Figure(figsize=_size_inches(figure), layout="constrained")
+        width, height = size_inches(figure)
+        caption = paragraph(figure.caption, int(LETTERS_PER_INCH * width)) if titled else []
+        size = (width, height + titled * 2 * LINE_INCHES + LINE_INCHES * len(caption))
+        canvas = Figure(figsize=size, layout="constrained")
         axes = canvas.add_subplot()
         _paint(figure, axes)
         if titled:
-            axes.set_title(literal(figure.title), loc="left", fontsize=10.5)
+            canvas.suptitle(literal(figure.title), x=0.01, ha="left", fontsize=10.5)
+        if caption:
+            canvas.supxlabel("\n".join(caption), x=0.01, ha="left", fontsize=SMALL - 0.5)
         buffer = io.BytesIO()
         metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
         canvas.savefig(buffer, format=kind, metadata=metadata, dpi=144)
     return buffer.getvalue()
 
 
-def _size_inches(figure: Curves | Histogram | HeatMap) -> tuple[float, float]:
-    return size_of_heat_map(figure) if isinstance(figure, HeatMap) else (5.6, 3.0)
+def size_inches(figure: Curves | Histogram | HeatMap) -> tuple[float, float]:
+    """Width and height without title and caption."""
+    if isinstance(figure, HeatMap):
+        return size_of_heat_map(figure)
+    if isinstance(figure, Curves) and len(figure.series) > MAX_LINES_INSIDE:
+        return 8.4, max(3.0, 0.6 + 0.2 * len(figure.series))
+    return 5.6, 3.0
 
 
 @singledispatch
@@ -93,7 +105,9 @@ def _paint_curves(figure: Curves, axes: "Axes") -> None:
         )
     axes.set(xlabel=literal(figure.x_label), ylabel=literal(figure.y_label))
     axes.margins(x=0.02)
-    if figure.series:
+    if len(figure.series) > MAX_LINES_INSIDE:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif figure.series:
         axes.legend(loc="best")
 
 

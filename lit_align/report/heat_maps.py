@@ -21,7 +21,8 @@ COLOURS = {"share": "YlGnBu", "rank": "YlGnBu_r", "score": "YlGnBu", "jaccard": 
 def size_of_heat_map(figure: HeatMap) -> tuple[float, float]:
     """Width and height in inches."""
     cell = 0.62 if figure.scale == "jaccard" else 0.27
-    width = min(12.0, max(6.0, 2.8 + cell * len(figure.columns)))
+    labels = 0.075 * max((len(literal(name)) for name in figure.rows), default=0)
+    width = min(12.0, max(6.0, 1.3 + max(1.5, labels) + cell * len(figure.columns)))
     longest = max((len(literal(name)) for name in figure.columns), default=0)
     names = 0.055 * longest if longest > LONG_COLUMN_NAME else 0.0
     return width, max(2.2, 1.0 + max(0.25, 0.75 * cell) * len(figure.rows) + names)

@@ -17,7 +17,18 @@ from lit_align.report import drawing
 from lit_align.report.figures import Curves, HeatMap, Histogram
 from lit_align.report.tables import Table, format_cell
 
-LIBRARIES = ("lit-align", "torch", "lightning", "transformers", "triton", "datasets", "safetensors")
+LIBRARIES = (
+    "lit-align",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "triton",
+    "datasets",
+    "safetensors",
+)
+HALF_INCHES = 6.6  # pictures up to this wide stand two in a row
 NO_PICTURES = (
     "Pictures are left out because matplotlib is not installed: "
     'pip install "lit-align[report]", then make the report again.'
@@ -101,7 +112,12 @@ def _template() -> jinja2.Template:
 
 def _draw_all(figures: Sequence[Curves | HeatMap | Histogram]) -> list[_Picture]:
     return [
-        _Picture(figure.title, figure.caption, _data_url(figure), isinstance(figure, HeatMap))
+        _Picture(
+            figure.title,
+            figure.caption,
+            _data_url(figure),
+            drawing.size_inches(figure)[0] > HALF_INCHES,
+        )
         for figure in figures
     ]
 

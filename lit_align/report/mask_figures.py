@@ -6,8 +6,8 @@ Every function returns plain numbers (`HeatMap`, `Histogram`) for `write_report`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from lit_align.masks.table import split_name
 from lit_align.report.figures import OUTSIDE, HeatMap, Histogram, density_heat_map
 
 DENSITY_BINS = 20
+Picture = Literal["layers", "scores", "heads", "density"]
 NO_LAYER = "Grey: no such layer. Column none: outside the blocks."
 
 
@@ -63,6 +64,7 @@ def head_figure(
     scores_or_mask: ParameterMask | Mapping[Any, Any],
     heads: HeadLayout | None = None,
     title: str = "Attention heads",
+    caption: str = "",
 ) -> HeatMap:
     """Layer × head: scores by block, or what a mask selects of every query head.
 
@@ -70,18 +72,18 @@ def head_figure(
         scores_or_mask: block -> (num_heads,) scores, or a mask.
         heads: of a mask: where the heads lie.
         title: what it shows.
+        caption: of scores: what they are.
 
     Raises:
         MaskError: a mask without a layout or of another model; no scores.
     """
     if not isinstance(scores_or_mask, ParameterMask):
         rows = {str(block): tuple(map(float, row)) for block, row in scores_or_mask.items()}
-        return _layer_by_head(title, rows, scale="score", value_label="score")
+        return _layer_by_head(title, rows, scale="score", value_label="score", caption=caption)
     layout = required(heads)
+    names = _block_names(layout)
     shares = head_shares(scores_or_mask, layout)
-    numbers = [layout.block_number(i) for i in range(len(layout.blocks))]
-    names = numbers if len(set(numbers)) == len(numbers) else range(len(numbers))
-    rows = {str(n): tuple(map(float, row)) for n, row in zip(names, shares.values(), strict=True)}
+    rows = {names[block]: tuple(map(float, row)) for block, row in shares.items()}
     if all(value in (0.0, 1.0) for row in rows.values() for value in row):
         return _layer_by_head(title, rows, scale="selected", value_label="selected")
     caption = "The least of the shares of a head's q, k and v entries."
@@ -128,9 +130,12 @@ def density_figure(mask: ParameterMask, title: str = "Density of the rows") -> H
 
 
 def mask_figures(
-    mask: ParameterMask, heads: HeadLayout | None = None, title: str = ""
+    mask: ParameterMask,
+    heads: HeadLayout | None = None,
+    title: str = "",
+    kinds: Collection[Picture] = get_args(Picture),
 ) -> list[HeatMap | Histogram]:
-    """Every picture of one mask: block × module, layer × head where heads are given, densities.
+    """The pictures of one mask: block × module, layer × head where heads are given, densities.
 
     A mask that remembers the scores of its heads (ALPS) has a picture of these too. `title` is put
     before the name of each picture.
@@ -139,12 +144,21 @@ def mask_figures(
         MaskError: the scores that the mask remembers are none, or it is of another model.
     """
     before = f"{title}: " if title else ""
-    figures: list[HeatMap | Histogram] = [layer_figure(mask, f"{before}layers")]
-    if SCORES in mask.metadata.extra:
-        figures.append(head_figure(stored_scores(mask), title=f"{before}scores of the heads"))
-    if heads is not None:
-        figures.append(head_figure(mask, heads, f"{before}attention heads"))
-    figures.append(density_figure(mask, f"{before}density of the rows"))
+    figures: list[HeatMap | Histogram] = []
+    if "layers" in kinds:
+        figures.append(layer_figure(mask, f"{before}selected by block and module"))
+    if "scores" in kinds and SCORES in mask.metadata.extra:
+        names = {} if heads is None else _block_names(heads)
+        scores = {names.get(block, block): row for block, row in stored_scores(mask).items()}
+        figures.append(
+            head_figure(
+                scores, title=f"{before}scores of the attention heads", caption=_of_scores(mask)
+            )
+        )
+    if "heads" in kinds and heads is not None:
+        figures.append(head_figure(mask, heads, f"{before}selected attention heads"))
+    if "density" in kinds:
+        figures.append(density_figure(mask, f"{before}density of the rows"))
     return figures
 
 
@@ -159,6 +173,24 @@ def stored_scores(mask: ParameterMask) -> dict[str, list[float]]:
     if not rows or not all(isinstance(row, list) and all(map(_is_score, row)) for row in rows):
         raise MaskError(f"the mask's metadata hold no scores of heads under {SCORES!r}")
     return dict(found)
+
+
+def _block_names(heads: HeadLayout) -> dict[str, str]:
+    """Index of an attention, as text -> the number of its block, where that tells them apart."""
+    numbers = [heads.block_number(i) for i in range(len(heads.blocks))]
+    unique = len(set(numbers)) == len(numbers)
+    return {str(i): str(number if unique else i) for i, number in enumerate(numbers)}
+
+
+def _of_scores(mask: ParameterMask) -> str:
+    """What the scores of the heads are, as far as the mask remembers."""
+    extra = mask.metadata.extra
+    if not {"metric", "representation", "tau"} <= extra.keys():
+        return ""
+    return (
+        f"{extra['metric']} of {extra['representation']} between the base and the task model, "
+        f"softmax at tau {extra['tau']}. Larger: the task moved the head further."
+    )
 
 
 def _is_score(value: object) -> bool:

@@ -98,7 +98,7 @@ def format_table(table: Table) -> str:
     dpo   1,200
     """
     body = [[_one_line(cell) for cell in row] for row in table.rows]
-    columns = [printable(column) for column in table.columns]
+    columns = [_one_line(column) for column in table.columns]
     widths = [max(map(len, cells)) for cells in zip(columns, *body, strict=True)]
     numeric = [table.is_numeric(index) for index in range(len(table.columns))]
 

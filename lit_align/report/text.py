@@ -1,5 +1,7 @@
 """Names in pictures, as they are: matplotlib would read formulas in them, or fail to write them."""
 
+import textwrap
+
 from lit_align.report.tables import printable
 
 MAX_LABEL = 60
@@ -19,3 +21,8 @@ def literal(text: str) -> str:
         half = (MAX_LABEL - 3) // 2
         line = f"{line[:half]}...{line[-half:]}"
     return line.replace("$", r"\$")
+
+
+def paragraph(text: str, width: int) -> list[str]:
+    """A text as lines of at most `width` letters, drawn letter by letter as in `literal`."""
+    return [line.replace("$", r"\$") for line in textwrap.wrap(printable(text), width)]

@@ -141,6 +141,23 @@ def test_plot_writes_one_picture(words, start):
     assert Path(words.split()[-1]).read_bytes().startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("files", "model", "level"),
+    [
+        (["h0", "h1"], "model", "head"),
+        (["h0", "h1"], None, "element"),  # where the heads lie is not known
+        (["l0", "l1"], None, "layer"),
+        (["e0", "h1"], "model", "element"),
+    ],
+)
+def test_plot_compares_by_the_units_of_the_masks(files, model, level):
+    pytest.importorskip("matplotlib")
+    names = [f"{name}.safetensors" for name in files]
+    (figure,) = workbench.plot(names, "j.svg", "jaccard", model=model)
+    assert figure.title == f"Jaccard index, by {level}"
+    assert figure.values == workbench.compare(names, level, model="model").jaccard
+
+
 def test_convert_to_the_public_code_and_back():
     run("convert e0.safetensors --output public/mask.bin")
     run("convert public/mask.bin --output back.safetensors --model model")

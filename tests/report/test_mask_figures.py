@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -13,8 +14,9 @@ from lit_align.localizers.layer_gate import layer_gate_mask
 from lit_align.masks import HeadLayout, MaskMetadata, ParameterMask, Selection, select
 from lit_align.masks.compare import compare_masks, random_jaccard
 from lit_align.masks.linear_layers import linear_layers
-from lit_align.report import HeatMap, drawing, format_table, write_report
-from lit_align.report.heat_maps import paint_heat_map
+from lit_align.report import Curves, HeatMap, drawing, format_table, write_report
+from lit_align.report.heat_maps import paint_heat_map, size_of_heat_map
+from lit_align.report.html import HALF_INCHES
 from lit_align.report.mask_figures import (
     density_figure,
     head_figure,
@@ -173,6 +175,53 @@ def test_cells_are_painted_in_the_colours_of_their_numbers():
     colours = axes.collections[0].to_rgba(axes.collections[0].get_array()).reshape(-1, 4)
     assert len({tuple(c) for c in colours.round(3).tolist()}) == 3
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["selected", "not selected"]
+
+
+def drawn_words(picture: bytes) -> str:
+    """matplotlib names every text that it draws as a path."""
+    return " ".join(re.findall(r"<!-- (.*?) -->", picture.decode()))
+
+
+def test_a_picture_of_its_own_says_what_it_shows(model):
+    pytest.importorskip("matplotlib")
+    masks = {name: select(random_scores(model, i), 0.1) for i, name in enumerate("ab")}
+    figure = jaccard_figure(compare_masks(masks))
+    said = drawn_words(drawing.picture(figure, "svg"))
+    assert figure.title in said and "two random sets of the same" in said
+    assert figure.title not in drawn_words(drawing.draw(figure).encode())  # the report says it
+
+
+def test_blocks_without_attention_keep_their_numbers_in_pictures_of_scores(tmp_path):
+    names = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (1, 4) for p in "qkv"]
+    config = SimpleNamespace(num_attention_heads=2, head_dim=2, hidden_size=4, model_type="x")
+    layout = HeadLayout.from_shapes(config, dict.fromkeys(names, (4, 4)))
+    extra = {"head_scores": {"0": [1.0, 2.0], "1": [3.0, 4.0]},
+             "metric": "wasserstein", "representation": "qkv", "tau": 1.0}  # fmt: skip
+    mask = ParameterMask({n: Selection.all((4, 4)) for n in names}, MaskMetadata(extra=extra))
+    scores, heads = mask_figures(mask, layout, kinds=("scores", "heads"))
+    assert scores.rows == heads.rows == ("1", "4")
+    assert "wasserstein of qkv" in scores.caption
+
+
+@pytest.mark.parametrize(("lines", "wide"), [(3, False), (6, True)])
+def test_the_legend_of_many_lines_hides_none(lines, wide):
+    matplotlib = pytest.importorskip("matplotlib")
+    figure = Curves("t", "loss", {str(i): ([0, 1], [i, i]) for i in range(lines)})
+    assert (drawing.size_inches(figure)[0] > HALF_INCHES) == wide
+    with matplotlib.rc_context(drawing.STYLE):
+        canvas = matplotlib.figure.Figure(figsize=drawing.size_inches(figure), layout="constrained")
+        axes = canvas.add_subplot()
+        drawing._paint(figure, axes)
+        canvas.draw_without_rendering()
+        inside = axes.get_legend().get_window_extent().x0 < axes.get_window_extent().x1
+        assert inside is not wide and axes.get_window_extent().width > 300
+
+
+def test_long_names_leave_room_for_the_cells():
+    def size(name):
+        return size_of_heat_map(HeatMap("t", (name,), ("0",) * 8, ((0.0,) * 8,)))[0]
+
+    assert size("w" * 60) - size("q") > 1.5
 
 
 def test_tables_of_a_mask(model):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lit_align.errors import MaskError
 from lit_align.files import write_atomically
-from lit_align.localizers.head_distance import SCORES
 from lit_align.localizers.layer_gate import read_scores
 from lit_align.masks import ParameterMask
 from lit_align.masks.compare import Comparison, compare_masks
@@ -25,12 +24,10 @@ from lit_align.pipelines.workbench.files import (
 )
 from lit_align.report import Table, format_table
 from lit_align.report.mask_figures import (
-    density_figure,
-    head_figure,
+    Picture,
     jaccard_figure,
     layer_figure,
     mask_figures,
-    stored_scores,
 )
 from lit_align.report.mask_tables import (
     block_table,
@@ -97,12 +94,7 @@ def compare(
     level = level or _common_level(masks.values())
     if level == "head":
         architecture = architecture or read_architecture(model, "a comparison by heads")
-    known: dict[str, Any] = {}
-    if architecture is not None:
-        known = {"row_axes": architecture.row_axes, "layers": architecture.names.modules}
-    if architecture is not None and level == "head":
-        known["heads"] = architecture.head_layout()
-    comparison = compare_masks(short_names(masks), level, share=share, **known)
+    comparison = _compared(masks, level, share, architecture)
     table = jaccard_table(comparison)
     print(format_table(table))
     if output is not None and output.endswith(".json"):
@@ -169,7 +161,7 @@ def plot(
         output: `.png` or `.svg` for one picture, `.html` for any number, with tables.
         kind: `layers` (block × module), `heads` (block × head; needs `model`), `scores` (of the
             heads, where a mask remembers them), `density` (of the rows), `jaccard` (of several
-            masks), or `all` that apply.
+            masks, by the units that `compare` takes), or `all` that apply.
         model: folder, hub id or alias of the masks' model.
         ratio: of layer scores: draw this share of the layers as selected; None: their ranks.
 
@@ -182,13 +174,15 @@ def plot(
     if kind == "heads":
         architecture = architecture or read_architecture(model, "a picture of heads")
         architecture.head_layout()  # says why where there is none
+    heads = None if architecture is None else architecture.heads
+    kinds = [each for each in get_args(Picture) if kind in ("all", each)]
     figures: list[Figure] = []
     if kind in ("all", "layers"):
         figures += [layer_figure(s.layers, file, ratio=ratio) for file, s in scores.items()]
     for name, mask in short_names(masks).items():
-        figures += _of_mask(name, mask, kind, architecture)
+        figures += mask_figures(mask, heads, name, kinds)
     if len(masks) > 1 and kind in ("all", "jaccard"):
-        figures.append(jaccard_figure(compare_masks(short_names(masks), "element")))
+        figures.append(jaccard_figure(_compared(masks, None, DEFAULT_SHARE, architecture)))
     if not figures:
         raise MaskError(f"there is nothing to draw of kind {kind!r} in {', '.join(files)}")
     tables = [facts_table(mask, file) for file, mask in masks.items()]
@@ -207,6 +201,25 @@ def _common_level(masks: Iterable[ParameterMask]) -> Level:
     found = {mask.metadata.granularity for mask in masks}
     levels: dict[str, Level] = {"row": "row", "head": "head", "layer": "layer"}
     return levels.get(found.pop(), "element") if len(found) == 1 else "element"
+
+
+def _compared(
+    masks: Mapping[str, ParameterMask],
+    level: Level | None,
+    share: float,
+    architecture: Architecture | None,
+) -> Comparison:
+    """By a level, or the one that the masks have in common as far as the model is known."""
+    if level is None:
+        level = _common_level(masks.values())
+        if level == "head" and (architecture is None or architecture.heads is None):
+            level = "element"
+    known: dict[str, Any] = {}
+    if architecture is not None:
+        known = {"row_axes": architecture.row_axes, "layers": architecture.names.modules}
+    if architecture is not None and level == "head":
+        known["heads"] = architecture.head_layout()
+    return compare_masks(short_names(masks), level, share=share, **known)
 
 
 def _combined(operation: str, masks: list[ParameterMask]) -> ParameterMask:
@@ -228,21 +241,6 @@ def _linear_alone(mask: ParameterMask, architecture: Architecture | None) -> Par
         for name, selection in mask.selections.items()
     }
     return ParameterMask(selections, mask.metadata)
-
-
-def _of_mask(
-    file: str, mask: ParameterMask, kind: Kind, architecture: Architecture | None
-) -> list[Figure]:
-    heads = None if architecture is None else architecture.heads
-    if kind == "all":
-        return list(mask_figures(mask, heads, file))
-    if kind == "layers":
-        return [layer_figure(mask, file)]
-    if kind == "heads":
-        return [head_figure(mask, heads, file)]
-    if kind == "scores" and SCORES in mask.metadata.extra:
-        return [head_figure(stored_scores(mask), title=file)]
-    return [density_figure(mask, file)] if kind == "density" else []
 
 
 def _write_json(path: str, document: dict[str, Any]) -> None:
