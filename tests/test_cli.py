@@ -41,7 +41,8 @@ ALLO_GROUPS = {
     "evaluate": "mode max_new_tokens last_number batch_size",
     "run": "precision accelerator gradient_checkpointing seed",
 }
-TUNE_DATA = "train_files validation_files validation_fraction max_rows max_length objective seed"
+TUNE_DATA = "train_files validation_files validation_fraction max_rows max_length objective "
+TUNE_DATA += "chat_template seed"
 ADAPTER = "kind rank alpha dropout layers mask quantization initial_rank rank_warmup rank_final "
 ADAPTER += "rank_interval orthogonality"
 ILA_GROUPS = {

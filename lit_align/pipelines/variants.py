@@ -46,6 +46,8 @@ class TuneData:
         max_rows: use the first so many usable rows of each split; 0: all.
         max_length: most tokens of prompt and response.
         objective: `sft` (responses to learn) or `dpo` (preference pairs).
+        chat_template: in place of the tokenizer's own: `transcript` (Human/Assistant, for base
+            models), a file's path, or the Jinja text.
         seed: of the split into train and validation rows.
     """
 
@@ -55,6 +57,7 @@ class TuneData:
     max_rows: int = 0
     max_length: int = 1024
     objective: Literal["sft", "dpo"] = "sft"
+    chat_template: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +115,7 @@ def data_module(
     kind = SFTDataModule if data.objective == "sft" else PreferenceDataModule
     settings = data_settings(train, run, folder) | {
         "max_length": data.max_length,
+        "chat_template": data.chat_template,
         "seed": data.seed,
         "max_rows": data.max_rows or None,
         "validation_fraction": 0.0 if data.validation_files else data.validation_fraction,

@@ -6,12 +6,18 @@ import torch
 
 from lit_align.compact.adapters import AdapterSettings
 from lit_align.compact.change import read_change
-from lit_align.errors import PipelineError
-from lit_align.language_model import load_language_model
+from lit_align.errors import DataError, PipelineError
+from lit_align.language_model import load_language_model, save_language_model
 from lit_align.localizers import random_scores
 from lit_align.masks import select
 from lit_align.pipelines.settings import RunSettings, TrainSettings
-from lit_align.pipelines.variants import TuneData, Variant, train_variant, validation_loss
+from lit_align.pipelines.variants import (
+    TuneData,
+    Variant,
+    data_module,
+    train_variant,
+    validation_loss,
+)
 
 TRAIN = TrainSettings(learning_rate=1e-2, batch_size=2, warmup_ratio=0.0)
 
@@ -80,3 +86,20 @@ def test_the_split_is_the_datas_and_the_order_the_runs(tiny_llama_dir, data, tmp
 def test_no_files_are_an_error(tiny_llama_dir, tmp_path):
     with pytest.raises(PipelineError, match="train_files is empty"):
         run(tiny_llama_dir, TuneData(), Variant("all"), tmp_path / "run")
+
+
+def test_rows_of_messages_take_the_template_that_is_given(tiny_llama_dir, tmp_path):
+    """As base models need it, which have none of their own."""
+    folder = tmp_path / "base"
+    model, tokenizer = load_language_model(tiny_llama_dir)
+    tokenizer.chat_template = None
+    save_language_model(model, tokenizer, folder)
+    turns = [{"role": "user", "content": "2 + 1 ="}, {"role": "assistant", "content": " 3."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    given = TuneData((str(path),), validation_fraction=0.0, chat_template="transcript")
+    rows = data_module(given, str(folder), TRAIN, RunSettings(), tmp_path).rows("train")
+    assert "Human: 2 + 1 =" in tokenizer.decode(rows[0].sequences[0].prompt_ids)
+    without = TuneData((str(path),), validation_fraction=0.0)
+    with pytest.raises(DataError, match="chat_template"):
+        data_module(without, str(folder), TRAIN, RunSettings(), tmp_path)
