@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, ACCENT, MUTED = "#1f2933", "#c2410c", "#9aa5b1"
-LINES = ("#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#b45309", "#0e7490")
+LINES = ("#1d4ed8", "#c2410c", "#047857", "#a855f7", "#db2777", "#64748b")
 MAX_POINTS = 1500  # of a line; more only make the file bigger
 MAX_MARKED_POINTS = 25
 SMALL = 8.5  # pt

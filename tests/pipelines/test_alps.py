@@ -145,7 +145,10 @@ def test_the_report_has_tables_pictures_and_notes(whole):
     for words in ("ALPS", "no attention head", "share of q", "query heads share their keys",
                   "trained once", "Chosen heads", "wasserstein of projection"):  # fmt: skip
         assert words in report, words
-    assert report.count("data:image/svg+xml") == 3  # scores, the chosen ones, the losses
+    # Losses; block × module, scores, the chosen heads, densities.
+    assert report.count("data:image/svg+xml") == 5
+    for words in ("selected by block and module", "density of the rows", "sft.jsonl"):
+        assert words in report, words
     assert "http://" not in report and "https://" not in report
 
 
@@ -162,6 +165,11 @@ def test_a_second_run_does_nothing_and_a_new_baseline_repeats_no_other(copy, tin
     row = results(copy)["variants"]["random"]
     assert row["seeds"] == [0, 1] and row["lowest"] < row["highest"]
     assert row["validation_loss"] == pytest.approx(sum(row["validation_losses"]) / 2)
+    drawn = [results(copy)["heads"]["masks"][f"random_{seed}"]["shares"] for seed in (0, 1)]
+    for part, share in row["attention_shares"].items():
+        assert share == pytest.approx((drawn[0][part] + drawn[1][part]) / 2), part
+    trained = [mask(copy, f"random_{seed}").count() for seed in (0, 1)]
+    assert row["trained_parameters"] == round(sum(trained) / 2)
 
 
 # ---- other ways ----------------------------------------------------------------------------------

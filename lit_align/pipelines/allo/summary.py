@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from lit_align.masks import ParameterMask
 from lit_align.pipelines.manifest import StageRecord
 from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.run_tables import input_fingerprints, stages_table
 from lit_align.pipelines.workbench.files import Architecture
 from lit_align.report import Table, format_interval, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, read_metrics_csv
@@ -104,14 +105,6 @@ def _report(
     run: Run, records: Mapping[str, StageRecord], table: Table, mask: ParameterMask
 ) -> Path:
     sizes = _sizes(run)
-    stages = Table(
-        "Stages",
-        ("stage", "seconds", "peak MiB"),
-        tuple(
-            (r.name, round(r.seconds, 1), r.peak_rss_mib and round(r.peak_rss_mib))
-            for r in records.values()
-        ),
-    )
     return write_report(
         run.output / "report.html",
         title="ALLO: key neurons, forgetting, improving",
@@ -119,7 +112,7 @@ def _report(
             table,
             sizes,
             _mask_table(run, mask),
-            stages,
+            stages_table(records),
             block_table(mask),
             module_table(mask),
         ],
@@ -130,7 +123,8 @@ def _report(
         fingerprints={
             "start model": str(mask.metadata.base_fingerprint),
             "mask": mask.digest,
-        },
+        }
+        | input_fingerprints(records),
     )
 
 

@@ -13,9 +13,10 @@ from lit_align.pipelines.alps.run import LABELS, ALPSRun
 from lit_align.pipelines.alps.stages import HEADS_FILE
 from lit_align.pipelines.manifest import StageRecord
 from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.run_tables import input_fingerprints, stages_table
 from lit_align.report import Table, format_table, library_versions, write_report
-from lit_align.report.figures import Curves, HeatMap, Histogram, read_metrics_csv
-from lit_align.report.mask_figures import head_figure
+from lit_align.report.figures import Curves, read_metrics_csv
+from lit_align.report.mask_figures import mask_figures
 
 Results = dict[str, Any]
 
@@ -50,12 +51,13 @@ def _variant(run: ALPSRun, variant: str, heads: Results) -> Results:
     peaks = [r["peak_rss_mib"] for r in runs if r["peak_rss_mib"] is not None]
     masks = [heads["masks"][t.mask] for t in tunings if t.mask is not None]
     everything = {"count": heads["total_heads"], "shares": dict.fromkeys("qkv", 1.0) | {"qkv": 1.0}}
-    first = masks[0] if masks else everything if variant == "full" else None
+    if variant == "full" and not masks:
+        masks = [everything]
     return {
         "label": LABELS[variant],
-        "heads": first and first["count"],
-        "attention_shares": first and first["shares"],
-        "trained_parameters": runs[0]["trained_parameters"],
+        "heads": masks[0]["count"] if masks else None,
+        "attention_shares": _mean_shares([mask["shares"] for mask in masks]),
+        "trained_parameters": round(sum(r["trained_parameters"] for r in runs) / len(runs)),
         "validation_loss": sum(losses) / len(losses) if losses else None,
         "lowest": min(losses, default=None),
         "highest": max(losses, default=None),
@@ -65,6 +67,13 @@ def _variant(run: ALPSRun, variant: str, heads: Results) -> Results:
         "seconds": sum(r["seconds"] for r in runs) / len(runs),
         "peak_rss_mib": max(peaks, default=None),
     }
+
+
+def _mean_shares(shares: list[dict[str, float]]) -> dict[str, float] | None:
+    """Of the masks of all seeds, which share keys and values in other ways."""
+    if not shares:
+        return None
+    return {part: sum(each[part] for each in shares) / len(shares) for part in shares[0]}
 
 
 def variants_table(results: Results, run: ALPSRun) -> Table:
@@ -147,28 +156,26 @@ def _report(
     run: ALPSRun, records: Mapping[str, StageRecord], results: Results, table: Table
 ) -> Path:
     mask = ParameterMask.load(run.mask("alps"))
-    digests = {t.mask: t.mask for t in run.tunings() if t.mask is not None}
-    stages = Table(
-        "Stages",
-        ("stage", "seconds", "peak MiB"),
-        tuple(
-            (r.name, round(r.seconds, 1), r.peak_rss_mib and round(r.peak_rss_mib))
-            for r in records.values()
-        ),
-    )
+    names = dict.fromkeys(t.mask for t in run.tunings() if t.mask is not None)
     fingerprints = {"model": str(mask.metadata.base_fingerprint)}
     if task := mask.metadata.extra.get("task_fingerprint"):
         fingerprints["task model"] = task
     return write_report(
         run.output / "report.html",
         title="ALPS: the attention heads that a task moves, and only those trained",
-        tables=[table, _shares_table(results), _scores_table(results["heads"]), stages],
-        figures=list(_figures(run, results["heads"], mask)),
+        tables=[
+            table,
+            _shares_table(results),
+            _scores_table(results["heads"]),
+            stages_table(records),
+        ],
+        figures=mask_figures(mask, HeadLayout.from_model(meta_model(run.base)), "ALPS"),
         curves=_curves(run),
         config={name: r.config for name, r in records.items()},
         versions=library_versions(),
         fingerprints=fingerprints
-        | {f"mask {name}": ParameterMask.load(run.mask(name)).digest for name in digests},
+        | {f"mask {name}": ParameterMask.load(run.mask(name)).digest for name in names}
+        | input_fingerprints(records),
         notes=results["notes"],
     )
 
@@ -194,15 +201,6 @@ def _scores_table(heads: Results) -> Table:
     ]
     rows.sort(key=lambda row: -(row[2] or 0.0))
     return Table("Chosen heads", ("block", "query head", "score"), tuple(rows))
-
-
-def _figures(run: ALPSRun, heads: Results, mask: ParameterMask) -> Iterator[HeatMap | Histogram]:
-    if heads["scores"]:
-        scores = {heads["blocks"][int(block)]: row for block, row in heads["scores"].items()}
-        extra = mask.metadata.extra
-        yield head_figure(scores, title=f"Heads: {extra['metric']} of {extra['representation']}")
-    layout = HeadLayout.from_model(meta_model(run.base))
-    yield head_figure(mask, layout, "The chosen heads")
 
 
 def _curves(run: ALPSRun) -> list[Curves]:

@@ -17,6 +17,7 @@ from lit_align.pipelines.ila.stages import OVERLAP_FILE, TRANSFER_FILE, mask_fil
 from lit_align.pipelines.ila.variants import Choice, choices
 from lit_align.pipelines.manifest import StageRecord
 from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.run_tables import input_fingerprints, stages_table
 from lit_align.report import Table, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, HeatMap, Histogram, read_metrics_csv
 from lit_align.report.mask_figures import jaccard_figure, layer_figure
@@ -167,24 +168,18 @@ def _report(
     scores: Mapping[str, LayerScores],
     layers: Layers,
 ) -> Path:
-    stages = Table(
-        "Stages",
-        ("stage", "seconds", "peak MiB"),
-        tuple(
-            (r.name, round(r.seconds, 1), r.peak_rss_mib and round(r.peak_rss_mib))
-            for r in records.values()
-        ),
-    )
     overlaps = overlap_tables(results, run.use.compare_share)
     return write_report(
         run.output / "report.html",
         title="ILA: important layers, and only those trained",
-        tables=[table, *overlaps, _ranking_table(results), stages],
+        tables=[table, *overlaps, _ranking_table(results), stages_table(records)],
         figures=_figures(results, scores, run.use.compare_share),
         curves=_curves(run),
         config={name: r.config for name, r in records.items()},
         versions=library_versions(),
-        fingerprints={"model": layers.base_fingerprint} | _mask_digests(run),
+        fingerprints={"model": layers.base_fingerprint}
+        | _mask_digests(run)
+        | input_fingerprints(records),
         notes=results["notes"],
     )
 
