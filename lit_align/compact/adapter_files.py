@@ -33,15 +33,17 @@ NOT_READ = {  # settings of peft under which ΔW is not alpha/r · B A alone
 def save_adapters(model: nn.Module, folder: str | Path) -> Path:
     """Write a model's adapters as a folder of peft's, whole or not at all.
 
-    Older adapters in that folder are replaced; a folder that holds anything else is not touched.
+    Older adapters are replaced; a folder that holds anything else, even beside adapters, is not
+    touched.
 
     Raises:
         ModelError: the model has no adapters, or the folder holds something else.
     """
     state = adapter_state(model)
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG_NAME).is_file() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty and holds no adapters; not replaced")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if others := sorted(found - {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ORIGIN_FILE}):
+        raise ModelError(f"{folder} is not of adapters alone, it holds {others[0]!r}; not replaced")
     config: Any = copy.deepcopy(state.tuner.peft_config[ADAPTER])
     config.inference_mode = True
     if state.settings.kind == "adalora":

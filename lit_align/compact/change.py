@@ -50,12 +50,17 @@ def save_change(model: nn.Module, folder: str | Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        ModelError: the folder holds a change of the other kind, or adapters beside other files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if has_adapters(model):
         save_adapters(model, folder)
         return folder
+    if (folder / ADAPTER_FILE).exists():  # which `read_change` would go on reading
+        raise ModelError(f"{folder} holds adapters: a delta does not replace them")
     mask = None
     if getattr(model, "lit_align_mask", None) is None:
         mask = ParameterMask.full(

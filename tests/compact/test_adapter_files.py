@@ -96,8 +96,13 @@ def test_older_adapters_are_replaced_and_nothing_else_is(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["adapters"]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(ModelError, match="not empty and holds no adapters"):
+    with pytest.raises(ModelError, match=r"holds 'a.txt'; not replaced"):
         save_adapters(model, tmp_path / "notes")
+    kept = tmp_path / "adapters" / "checkpoint-500"  # as a run of TRL's leaves them
+    kept.mkdir()
+    with pytest.raises(ModelError, match=r"holds 'checkpoint-500'; not replaced"):
+        save_adapters(model, tmp_path / "adapters")
+    assert kept.exists()
 
 
 def test_a_plain_model_has_no_adapters_to_save(tmp_path):

@@ -167,3 +167,15 @@ def test_a_16_bit_base_takes_the_change_in_its_own_dtype(tiny_llama_dir, tmp_pat
     found = base.model.layers[0].mlp.up_proj.weight.float() + change.layers[UP].float()
     expected = model.model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_a_change_of_one_kind_does_not_hide_one_of_the_other(tmp_path):
+    """Of both in a folder, one would be read and the other not."""
+    plain, adapted = tiny_model(), tiny_model()
+    add_adapters(adapted, AdapterSettings(rank=2))
+    for first, second in ((plain, adapted), (adapted, plain)):
+        folder = save_change(first, tmp_path / type(first).__name__ / str(first is plain))
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(ModelError, match="replace"):
+            save_change(second, folder)
+        assert sorted(path.name for path in folder.iterdir()) == before
