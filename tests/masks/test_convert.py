@@ -213,6 +213,21 @@ def test_lists_that_are_none(tmp_path, document, message):
         read_targets(tmp_path / "list.json")
 
 
+@pytest.mark.parametrize(
+    "field",
+    ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+     "target_parameters", "trainable_token_indices"],
+)  # fmt: skip
+def test_what_else_a_peft_config_adapts_is_no_list(tmp_path, field):
+    assert field in LoraConfig.__dataclass_fields__  # under peft's own name
+    document = {"target_modules": ["q_proj"], field: ["lm_head"]}
+    (tmp_path / "list.json").write_text(json.dumps(document))
+    with pytest.raises(MaskError, match=f"'{field}' is set"):
+        read_targets(tmp_path / "list.json")
+    (tmp_path / "list.json").write_text(json.dumps(document | {field: None}))
+    assert read_targets(tmp_path / "list.json") == ["q_proj"]
+
+
 def test_an_adapter_config_of_peft_is_a_list(tmp_path):
     LoraConfig(r=2, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path)
     found = read_targets(tmp_path / "adapter_config.json")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_align.errors import LocalizationError, MaskError
-from lit_align.masks import HeadLayout
+from lit_align.masks import HeadLayout, Selection
 from lit_align.masks.head_sets import (
     OtherWeights,
     attention_shares,
@@ -134,6 +134,16 @@ def test_heads_that_are_not_there_are_refused():
         head_set_mask(layout, {"1": [2, 4]}, model)
     with pytest.raises(MaskError, match="no block '2'"):
         head_set_mask(layout, {"2": [0]}, model)
+
+
+def test_a_head_that_is_selected_in_part_is_not_chosen():
+    model = attention_model("gqa")
+    layout = HeadLayout.from_model(model)
+    mask = head_set_mask(layout, {"0": [1]}, model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rows = Selection.of_rows((32, 32), torch.arange(8, 31))  # head 3 but for its last row
+    found = layout.chosen_heads(mask.selections | {name: rows})
+    assert found == {"0": [1, 2], "1": []}
 
 
 def test_a_mask_of_another_model_has_no_heads_of_this_one():

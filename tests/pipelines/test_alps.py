@@ -13,6 +13,7 @@ from lit_align.language_model import load_tokenizer, save_language_model
 from lit_align.localizers import head_distance_mask
 from lit_align.masks import HeadLayout, ParameterMask
 from lit_align.pipelines.alps.settings import BASELINES, ALPSDataSettings, CompareSettings
+from lit_align.report import read_metrics_csv
 from tests.pipelines.alps_settings import DATA, tiny_alps
 from tests.tiny_models import save_tiny_model, tiny_model
 from tests.training_runs import random_mask, stored
@@ -106,6 +107,9 @@ def test_variants_train_what_their_masks_say(whole):
     rows = results(whole)["variants"]
     assert rows["full"]["trained_parameters"] == TOTAL
     assert rows["no_attention"]["trained_parameters"] == TOTAL - QKV
+    logs = [whole / name / "logs" / "metrics.csv" for name in ("task", "tune_lora_0")]
+    task, lora = (max(read_metrics_csv(log)["learning_rate"][1]) for log in logs)
+    assert lora == pytest.approx(10 * task)  # adapters have a learning rate of their own
     # Rank 2 on q, k and v of two blocks.
     assert rows["lora"]["trained_parameters"] == 2 * 2 * (32 + 32 + 2 * (32 + 16))
     for name in ("alps", "random", "layer_consistent"):
