@@ -206,6 +206,7 @@ def save_mask_of_another_model(path):
         ("plot e0.safetensors --kind jaccard --output a.png", MaskError, "nothing to draw"),
         ("plot e0.safetensors --kind scores --output a.png", MaskError, "nothing to draw"),
         ("plot e0.safetensors --kind heads --output a.png", ModelError, "needs the model"),
+        ("plot e0.safetensors --ratio 0.5 --output a.html", MaskError, "ratio is of layer scores"),
         ("plot three.json --output a.html", LocalizationError, "three.json: not a file"),
         ("convert e0.safetensors --output a.safetensors", MaskError, "same format"),
         ("convert e0.safetensors --output a.txt", MaskError, "a.txt: ends neither"),

@@ -169,6 +169,8 @@ def plot(
         What was drawn.
     """
     scores = {file: read_scores(file) for file in files if file.endswith(".json")}
+    if ratio is not None and not scores:
+        raise MaskError("ratio is of layer scores (.json): what a mask selects is in the mask")
     architecture = None if model is None else Architecture.read(model)
     masks = load_masks([f for f in files if f not in scores], architecture, across_bases=True)
     if kind == "heads":
