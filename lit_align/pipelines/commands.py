@@ -63,7 +63,7 @@ def evaluate_files(
 
     Args:
         model: local folder, hub id or alias.
-        data: JSONL or JSON file, `datasets` folder or hub id.
+        data: JSONL, JSON, Parquet or CSV file, `datasets` folder or hub id.
         task: `multiple_choice` (question, choices, answer_index), `exact_answer` (question,
             final_answer) or `preference` (prompt, chosen, rejected).
         delta: a delta to apply to the model first.

@@ -60,6 +60,10 @@ def localize(
     if own is not None and (granularity not in (None, own) or scope != "global"):
         raise LocalizationError(f"method {method} ranks all {own}s: no other granularity or scope")
     _check_given(method, trained=trained, scores=scores)
+    if heads is not None and method != "head_distance":
+        raise LocalizationError(f"method {method} takes no --heads")
+    if lowest and method != "layer_gate":
+        raise LocalizationError(f"method {method} takes no --lowest")
     folder = resolve_model(model)
     if method == "head_distance":
         settings = heads or HeadDistance()

@@ -284,6 +284,12 @@ def test_settings_that_cannot_be(settings, error, message, tiny_llama_dir, tmp_p
         answer(tiny_llama_dir, write(tmp_path / "a.jsonl", PROMPTS), tmp_path / "a", **settings)
 
 
+def test_an_output_that_cannot_be_is_said_before_any_answer(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "converse", lambda *_, **__: pytest.fail("answered"))
+    with pytest.raises(OSError, match="/proc/no"):
+        answer(tiny_llama_dir, write(tmp_path / "q.jsonl", PROMPTS), "/proc/no/answers.json")
+
+
 def test_alpaca_eval_has_one_turn(tiny_llama_dir, tmp_path):
     data = write(tmp_path / "mt.jsonl", TWO_TURNS)
     with pytest.raises(DataError, match="question 80 has 2 turns, alpaca_eval holds one"):

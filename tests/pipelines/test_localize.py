@@ -53,6 +53,8 @@ def test_heads_by_their_distance(tiny_llama_dir, tmp_path):
         ({"method": "head_distance"}, "head_distance needs --trained"),
         ({"method": "layer_gate"}, "layer_gate needs --scores"),
         ({"method": "random", "scores": "x.json"}, "random takes no --scores"),
+        ({"method": "random", "heads": HeadDistance(tau=2.0)}, "random takes no --heads"),
+        ({"method": "magnitude", "lowest": True}, "magnitude takes no --lowest"),
         ({"method": "layer_gate", "scores": "x.json", "granularity": "row"}, "ranks all layers"),
     ],
 )

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_align.data import RowTokenizer, UnlearningRow
 from lit_align.data.templates import TRANSCRIPT
 from lit_align.errors import DataError, PipelineError
 from lit_align.language_model import load_tokenizer
 from lit_align.pipelines.settings import RunSettings
-from lit_align.pipelines.token_auc import stages as stages
+from lit_align.pipelines.token_auc import stages
 from lit_align.pipelines.token_auc.error_spans import (
     labelled_tokens,
     read_spanned,
@@ -78,6 +79,17 @@ def words_of(tokenizer, rows):
     texts = [response[a:b] for a, b in offsets]
     parts = [[t for t, w in zip(texts, one.wrong, strict=True) if w == wanted] for wanted in (1, 0)]
     return ["".join(part) for part in parts], one
+
+
+def test_a_response_whose_text_is_in_the_template_too(tmp_path):
+    """ "end" also stands in <|im_end|>, which follows it."""
+    rows = spanned(tmp_path, row(predictions=["end"], spans=((0, 3),), corrected="no"))
+    [prediction] = [one.prediction for one in rows]
+    content = prediction.as_response("end")
+    tokenize = RowTokenizer(tiny_tokenizer(), 100)
+    sequence = tokenize(UnlearningRow(prediction.prompt, content)).sequences[0]
+    offsets = response_offsets(prediction, sequence, tiny_tokenizer())
+    assert "".join("end"[a:b] for a, b in offsets) == "end"
 
 
 def with_transcript(tokenizer):
@@ -171,6 +183,13 @@ def test_the_split_is_drawn_from_the_seed(tmp_path):
         split_rows(rows, TokenAucSettings(train_rows=21))
     with pytest.raises(DataError, match="no row is left to measure"):
         split_rows(rows[:20], TokenAucSettings(train_rows=20))
+
+
+def test_rows_to_measure_are_drawn_from_all_that_are_left(tmp_path):
+    """Not those first that no training could take, for want of a correction."""
+    rows = [row(i, corrected=None if i % 2 else "x") for i in range(80)]
+    _, others = split_rows(spanned(tmp_path, *rows), TokenAucSettings(train_rows=30, test_rows=20))
+    assert 0 < sum(one.correction is not None for one in others) < 20
 
 
 def measured(tmp_path, model, monkeypatch, probabilities, rows):

@@ -25,7 +25,7 @@ class AnswerFile:
     def __init__(
         self, path: Path, format: AnswerFormat, settings: Record, asked: Sequence[AskedQuestion]
     ) -> None:
-        """Read what is there.
+        """Read what is there; make the folder.
 
         Raises:
             DataError: the file is of other settings, or has answers to other questions; questions
@@ -40,12 +40,12 @@ class AnswerFile:
                         "turns, alpaca_eval holds one: use format mt_bench"
                     )
         self.records: dict[int, Record] = self._read() if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails before hours of answers, not after
 
     def add(self, answers: dict[int, list[list[str]]]) -> None:
         """Take in (place → choices → turns) and write the file anew."""
         for place, choices in answers.items():
             self.records[place] = self._record(self.asked[place], choices)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         records = [self.records[place] for place in sorted(self.records)]
         write_json(self._settings_path, self.settings)  # first: answers without it are refused
         if self.format == "alpaca_eval":

@@ -182,8 +182,9 @@ def response_offsets(
     turns: Any = [*prediction.prompt, *prediction.as_response(prediction.response)]  # type: ignore[misc]
     options: dict[str, Any] = {"tokenize": False}
     text = str(tokenizer.apply_chat_template(turns, **options))
-    start = text.rfind(prediction.response)
     prompt = str(tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, **options))
+    response = prediction.response
+    start = text.find(response, len(prompt)) if text.startswith(prompt) else text.rfind(response)
     before = len(prompt) if sequence.merged_boundary else 0
     if start < before:
         return None  # the template changes the response
@@ -195,7 +196,7 @@ def response_offsets(
     first = 0 if sequence.merged_boundary else len(sequence.prompt_ids)
     if ids[first : first + len(response_ids)] != response_ids:
         return None
-    length, shift = len(prediction.response), before - start
+    length, shift = len(response), before - start
     spans = [
         (min(max(a + shift, 0), length), min(max(b + shift, 0), length))
         for a, b in offsets[first : first + len(response_ids) - 1]

@@ -18,7 +18,7 @@ from lit_align.language_model import resolve_model
 from lit_align.pipelines.rows import write_json
 from lit_align.pipelines.settings import RunSettings, TrainSettings
 from lit_align.pipelines.stage import Stage, run_stages
-from lit_align.pipelines.token_auc import stages as stages
+from lit_align.pipelines.token_auc import stages
 from lit_align.pipelines.token_auc.stages import KINDS, TokenAucRun, TokenAucSettings
 from lit_align.pipelines.training import as_config
 

@@ -112,6 +112,8 @@ def split_rows(
     others = [row for row in mixed if id(row) not in chosen]
     if not others:
         raise DataError("no row is left to measure: lower train_rows")
+    # Drawn once more: rows without a correction, which no training took, stand before the others.
+    others = random.Random(f"{settings.seed} test").sample(others, len(others))
     return trained, others[: settings.test_rows or None]
 
 
