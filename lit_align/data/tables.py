@@ -112,11 +112,11 @@ def read_csv(path: Path, bad_rows: BadRows) -> NumberedRows:
     column stands for none. Columns without a name (pandas' index) are left out.
 
     Raises:
-        DataError: no header, or a header that names a column twice.
+        DataError: no header, one that cannot be read, or one that names a column twice.
     """
     with path.open("rb") as lines:
         records = _records(path, lines, bad_rows)
-        header = _header(path, records)
+        header = _header(path, records, bad_rows)
         for number, cells in records:
             try:
                 yield number, _row(header, cells)
@@ -150,8 +150,13 @@ def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
         yield text.removeprefix("\ufeff") if number == 0 else text
 
 
-def _header(path: Path, records: Iterator[tuple[int, list[str]]]) -> list[str]:
+def _header(path: Path, records: Iterator[tuple[int, list[str]]], bad_rows: BadRows) -> list[str]:
+    known = len(bad_rows)
     _, header = next(records, (0, []))
+    if len(bad_rows) > known:  # else the first row would be taken for it
+        raise DataError(f"{path}: its header is {bad_rows.rows[known].message}")
+    if UNDECODABLE.search("".join(header)):
+        raise DataError(f"{path}: its header is not UTF-8: save the file as UTF-8")
     header = [name.strip() for name in header]
     named = [name for name in header if name]
     if not named:

@@ -148,11 +148,18 @@ def test_bad_csv_rows_are_named_by_line_and_the_others_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "begins with the names"), ("\n\n", "begins with the names"), ("a,b,a\n", "called 'a'")],
+    [
+        (b"", "begins with the names"),
+        (b"\n\n", "begins with the names"),
+        (b"a,b,a\n", "called 'a'"),
+        (b'a,"b"c\n1,2\n', "its header is not CSV"),
+        (b"a,b\r1,2\r", "its header is not CSV .new-line"),
+        ("a,b\n1,2\n".encode("utf-16"), "its header is not UTF-8"),
+    ],
 )
 def test_headers_that_cannot_be(text, message, tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(DataError, match=rf"a\.csv: .*{message}"):
         read(path)
 
