@@ -245,6 +245,11 @@ def read_jsonl(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
+def read_json(path: Path) -> Any:
+    """Read one JSON document."""
+    return json.loads(path.read_text("utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON document, whole or not at all."""
     write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lit_align.pipelines.manifest import StageRecord
 from lit_align.report import Table
@@ -15,6 +16,23 @@ def stages_table(records: Mapping[str, StageRecord]) -> Table:
         for r in records.values()
     )
     return Table("Stages", ("stage", "seconds", "peak MiB"), rows)
+
+
+def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over one variant's runs, which differ in their seed; each is a `metrics.json`."""
+    losses = [r["validation_loss"] for r in runs if r["validation_loss"] is not None]
+    peaks = [r["peak_rss_mib"] for r in runs if r["peak_rss_mib"] is not None]
+    return {
+        "trained_parameters": round(sum(r["trained_parameters"] for r in runs) / len(runs)),
+        "validation_loss": sum(losses) / len(losses) if losses else None,
+        "lowest": min(losses, default=None),
+        "highest": max(losses, default=None),
+        "validation_losses": losses,
+        "train_losses": [r["train_loss"] for r in runs],
+        "seeds": [r["seed"] for r in runs],
+        "seconds": sum(r["seconds"] for r in runs) / len(runs),
+        "peak_rss_mib": max(peaks, default=None),
+    }
 
 
 def input_fingerprints(records: Mapping[str, StageRecord]) -> dict[str, str]:

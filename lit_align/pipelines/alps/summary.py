@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from lit_align.masks import HeadLayout, ParameterMask
 from lit_align.pipelines.alps.run import LABELS, ALPSRun
 from lit_align.pipelines.alps.stages import HEADS_FILE
 from lit_align.pipelines.manifest import StageRecord
-from lit_align.pipelines.rows import write_json
-from lit_align.pipelines.run_tables import input_fingerprints, stages_table
+from lit_align.pipelines.rows import read_json, write_json
+from lit_align.pipelines.run_tables import input_fingerprints, over_seeds, stages_table
 from lit_align.report import Table, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, read_metrics_csv
 from lit_align.report.mask_figures import mask_figures
@@ -23,9 +22,9 @@ Results = dict[str, Any]
 
 def summarise(run: ALPSRun, records: Mapping[str, StageRecord]) -> Results:
     """Print the table, write `results.json` and `report.html`; returns what the former holds."""
-    heads = _read(run.output / "heads" / HEADS_FILE)
+    heads = read_json(run.output / "heads" / HEADS_FILE)
     results: Results = {
-        "base": _read(run.output / "base" / "metrics.json"),
+        "base": read_json(run.output / "base" / "metrics.json"),
         "variants": {name: _variant(run, name, heads) for name in run.variants()},
         "heads": heads,
     }
@@ -39,16 +38,10 @@ def summarise(run: ALPSRun, records: Mapping[str, StageRecord]) -> Results:
     return results
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text("utf-8"))
-
-
 def _variant(run: ALPSRun, variant: str, heads: Results) -> Results:
     """A row of the table: means over the seeds."""
     tunings = [t for t in run.tunings() if t.variant == variant]
-    runs = [_read(run.output / t.stage / "metrics.json") for t in tunings]
-    losses = [r["validation_loss"] for r in runs if r["validation_loss"] is not None]
-    peaks = [r["peak_rss_mib"] for r in runs if r["peak_rss_mib"] is not None]
+    runs = [read_json(run.output / t.stage / "metrics.json") for t in tunings]
     masks = [heads["masks"][t.mask] for t in tunings if t.mask is not None]
     everything = {"count": heads["total_heads"], "shares": dict.fromkeys("qkv", 1.0) | {"qkv": 1.0}}
     if variant == "full" and not masks:
@@ -57,16 +50,7 @@ def _variant(run: ALPSRun, variant: str, heads: Results) -> Results:
         "label": LABELS[variant],
         "heads": masks[0]["count"] if masks else None,
         "attention_shares": _mean_shares([mask["shares"] for mask in masks]),
-        "trained_parameters": round(sum(r["trained_parameters"] for r in runs) / len(runs)),
-        "validation_loss": sum(losses) / len(losses) if losses else None,
-        "lowest": min(losses, default=None),
-        "highest": max(losses, default=None),
-        "validation_losses": losses,
-        "train_losses": [r["train_loss"] for r in runs],
-        "seeds": [r["seed"] for r in runs],
-        "seconds": sum(r["seconds"] for r in runs) / len(runs),
-        "peak_rss_mib": max(peaks, default=None),
-    }
+    } | over_seeds(runs)
 
 
 def _mean_shares(shares: list[dict[str, float]]) -> dict[str, float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from lit_align.pipelines.ila.run import TRANSFERRED, ILARun
 from lit_align.pipelines.ila.stages import OVERLAP_FILE, TRANSFER_FILE, mask_file, stability_file
 from lit_align.pipelines.ila.variants import Choice, choices
 from lit_align.pipelines.manifest import StageRecord
-from lit_align.pipelines.rows import write_json
-from lit_align.pipelines.run_tables import input_fingerprints, stages_table
+from lit_align.pipelines.rows import read_json, write_json
+from lit_align.pipelines.run_tables import input_fingerprints, over_seeds, stages_table
 from lit_align.report import Table, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, HeatMap, Histogram, read_metrics_csv
 from lit_align.report.mask_figures import jaccard_figure, layer_figure
@@ -30,14 +29,14 @@ def summarise(run: ILARun, records: Mapping[str, StageRecord]) -> Results:
     layers = Layers.read(run)
     scores = {r.name: read_scores(r.file) for r in run.every_ranking()}
     results: Results = {
-        "base": _read(run.output / "base" / "metrics.json"),
+        "base": read_json(run.output / "base" / "metrics.json"),
         "variants": {c.name: _variant(run, c, layers) for c in choices(run)},
         "rankings": {name: _ranking(found) for name, found in scores.items()},
-        "overlap": _read(run.output / "masks" / OVERLAP_FILE),
+        "overlap": read_json(run.output / "masks" / OVERLAP_FILE),
         "stage1": _stability(run),
     }
     if run.use.transfer:
-        results[TRANSFERRED] = _read(run.output / "masks" / TRANSFER_FILE)
+        results[TRANSFERRED] = read_json(run.output / "masks" / TRANSFER_FILE)
     results["notes"] = all_notes(results)
     write_json(run.output / "results.json", results)
     table = variants_table(results, run)
@@ -48,34 +47,20 @@ def summarise(run: ILARun, records: Mapping[str, StageRecord]) -> Results:
     return results
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text("utf-8"))
-
-
 def _stability(run: ILARun) -> Results:
     """What stage 1 says of itself, by data set, where it looked for stability."""
     files = {dataset: stability_file(run, dataset) for dataset in run.fine_tuned}
-    return {dataset: _read(file) for dataset, file in files.items() if file.is_file()}
+    return {dataset: read_json(file) for dataset, file in files.items() if file.is_file()}
 
 
 def _variant(run: ILARun, choice: Choice, layers: Layers) -> Results:
     """A row of the table: means over the seeds."""
-    runs = [_read(f / "metrics.json") for f in run.tune_folders(choice.name)]
-    losses = [r["validation_loss"] for r in runs if r["validation_loss"] is not None]
-    peaks = [r["peak_rss_mib"] for r in runs if r["peak_rss_mib"] is not None]
+    runs = [read_json(f / "metrics.json") for f in run.tune_folders(choice.name)]
     return {
         "label": choice.label,
         "method": choice.method,
         "layers": _layers_trained(run, choice, layers),
-        "trained_parameters": runs[0]["trained_parameters"],
-        "validation_loss": sum(losses) / len(losses) if losses else None,
-        "lowest": min(losses, default=None),
-        "highest": max(losses, default=None),
-        "validation_losses": losses,
-        "seeds": [r["seed"] for r in runs],
-        "seconds": sum(r["seconds"] for r in runs) / len(runs),
-        "peak_rss_mib": max(peaks, default=None),
-    }
+    } | over_seeds(runs)
 
 
 def _layers_trained(run: ILARun, choice: Choice, layers: Layers) -> int:
