@@ -147,7 +147,11 @@ class Runs:
             machine = RunSettings(seed=seed)
             change = str(self.output / stage / part)
             module = ILAMaskLearning(
-                MODEL, change, initial_score=s0, scores=str(folder / "scores.json")
+                MODEL,
+                change,
+                initial_score=s0,
+                learning_rate=30.0,
+                scores=str(folder / "scores.json"),
             )
             rows = data_module(self.data(data), MODEL, GATES, machine, folder)
             make_trainer(GATES, machine, folder).fit(module, datamodule=rows)
