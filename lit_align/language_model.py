@@ -37,6 +37,7 @@ NF4_NEEDS = (
 )
 
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
+MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
 
 
 def load_language_model(
@@ -167,7 +168,8 @@ def save_language_model(
 ) -> Path:
     """Write model and tokenizer as an ordinary Hugging Face folder, whole or not at all.
 
-    An older model of that name is replaced; any other folder that is not empty is not touched.
+    An older model of that name is replaced; a folder that holds anything else, even beside a model,
+    is not touched.
 
     Raises:
         ModelError: The folder exists and holds something else than a model, or the model has
@@ -179,6 +181,8 @@ def save_language_model(
     replaces = folder.exists()
     if replaces and not (folder / "config.json").is_file() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty and holds no model; not replaced")
+    if others := sorted(p.name for p in folder.glob("*") if p.suffix not in MODEL_SUFFIXES):
+        raise ModelError(f"{folder} is not of a model alone, it holds {others[0]!r}; not replaced")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         fresh = Path(scratch) / "new"

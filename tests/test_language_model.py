@@ -134,6 +134,17 @@ def test_save_refuses_a_folder_that_holds_something_else(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("other", ["checkpoint-500/model.safetensors", "notes.md"])
+def test_what_stands_beside_a_model_is_not_lost(other, tmp_path):
+    folder = tmp_path / "model"
+    save_language_model(tiny_model(seed=0), tiny_tokenizer(), folder)
+    (folder / other).parent.mkdir(exist_ok=True)
+    (folder / other).write_text("mine")
+    with pytest.raises(ModelError, match=f"holds '{other.split('/')[0]}'; not replaced"):
+        save_language_model(tiny_model(seed=1), tiny_tokenizer(), folder)
+    assert (folder / other).read_text() == "mine"
+
+
 def test_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
     folder = tmp_path / "out"
     save_language_model(tiny_model(seed=0), tiny_tokenizer(), folder)
