@@ -31,13 +31,13 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HASH_CHUNK_BYTES = 1 << 22
+MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
 NF4_NEEDS = (
     "pip install 'lit-align[qlora]' on a machine with a device that bitsandbytes knows, or train "
     "without quantization"
 )
 
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
-MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
 
 
 def load_language_model(
