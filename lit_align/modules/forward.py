@@ -44,6 +44,12 @@ def _hidden(
     decoder: Any = model.get_decoder()
     if decoder is None or decoder is model:
         raise ModelError(f"{type(model).__name__} has no decoder beneath its head")
+    places = getattr(model.config, "n_positions", None)  # GPT-2 and kin, which learn an embedding
+    if places is not None and input_ids.shape[-1] > places:
+        raise ModelError(
+            f"a row has {input_ids.shape[-1]} tokens, {type(model).__name__} has {places} positions: "
+            f"set the data's max_length to {places} or less"
+        )
     output = decoder(
         input_ids=input_ids,
         attention_mask=attention_mask,

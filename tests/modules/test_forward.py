@@ -12,9 +12,10 @@ from transformers import (
     MptConfig,
 )
 
+from lit_align.batch import PackedBatch
 from lit_align.errors import ModelError
 from lit_align.modules import SupervisedFineTuning
-from lit_align.modules.forward import check_head, head_settings
+from lit_align.modules.forward import check_head, head_settings, target_hidden
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_runs import instructions, trainer
 
@@ -75,3 +76,21 @@ def test_a_run_with_such_a_model_does_not_start(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match="HyperCLOVAX"):
         trainer(tmp_path).fit(SupervisedFineTuning(str(tmp_path / "model")), instructions(4))
+
+
+def test_rows_that_are_longer_than_the_positions_name_the_way_out():
+    model = tiny_model("gpt2")  # 512 positions
+    ids = torch.full((1, 513), 5)
+    batch = PackedBatch(
+        input_ids=ids,
+        position_ids=torch.arange(513)[None],
+        attention_mask=torch.ones_like(ids),
+        hidden_index=torch.tensor([0]),
+        target_ids=torch.tensor([5]),
+        sequence_index=torch.tensor([0]),
+        token_weights=torch.ones(1),
+        sequence_roles=torch.tensor([0]),
+        row_ids=torch.tensor([0]),
+    )
+    with pytest.raises(ModelError, match="513 tokens, .* 512 positions: set the data's max_length"):
+        target_hidden(model, batch)
