@@ -92,5 +92,5 @@ def test_rows_that_are_longer_than_the_positions_name_the_way_out():
         sequence_roles=torch.tensor([0]),
         row_ids=torch.tensor([0]),
     )
-    with pytest.raises(ModelError, match="513 tokens, .* 512 positions: set the data's max_length"):
+    with pytest.raises(ModelError, match=r"513 tokens and .* 512 positions: set"):
         target_hidden(model, batch)
