@@ -192,12 +192,13 @@ def test_an_error_that_breaks_off_is_asked_again(tmp_path):
     assert texts(found) == [["to question 0"]] and len(stub.requests) == 2
 
 
-def test_redirects_are_not_followed(tmp_path):
+@pytest.mark.parametrize("status", [302, 307])  # urllib itself follows the former
+def test_redirects_are_not_followed(status, tmp_path):
     with StubEndpoint(echo) as other:
-        moved = (307, {"Location": f"{other.url}/chat/completions"}, b"")
+        moved = (status, {"Location": f"{other.url}/chat/completions"}, b"")
         with (
             StubEndpoint(lambda *_: moved) as stub,
-            pytest.raises(PipelineError, match="status 307"),
+            pytest.raises(PipelineError, match=f"status {status}"),
         ):
             ask(at(stub, tmp_path, key_variable=KEY), PROMPTS[:1], progress=False)
     assert not other.requests

@@ -73,13 +73,16 @@ def test_the_validation_loss_is_that_of_the_last_step(tiny_llama_dir, data, tmp_
 
 def test_the_split_is_the_datas_and_the_order_the_runs(tiny_llama_dir, data, tmp_path):
     folders = [tmp_path / str(seed) for seed in range(2)]
-    losses = []
+    losses, held_out = [], []
     for seed, folder in enumerate(folders):
         folder.mkdir()
         machine = RunSettings(seed=seed)
         train_variant(str(tiny_llama_dir), data, Variant("all"), TRAIN, machine, folder)
         losses.append((folder / "logs" / "metrics.csv").read_text())
+        rows = data_module(data, str(tiny_llama_dir), TRAIN, machine, folder).rows("validation")
+        held_out.append([row.sequences[0].prompt_ids.tolist() for row in rows])
     assert losses[0] != losses[1]
+    assert held_out[0] == held_out[1]
     torch.manual_seed(0)
 
 
