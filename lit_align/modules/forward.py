@@ -47,8 +47,8 @@ def _hidden(
     places = getattr(model.config, "n_positions", None)  # GPT-2 and kin, which learn an embedding
     if places is not None and input_ids.shape[-1] > places:
         raise ModelError(
-            f"a row has {input_ids.shape[-1]} tokens and {type(model).__name__} {places} positions: "
-            f"set the data's max_length to {places} or less"
+            f"a row has {input_ids.shape[-1]} tokens and {type(model).__name__} {places} positions"
+            f": set the data's max_length to {places} or less"
         )
     output = decoder(
         input_ids=input_ids,
