@@ -67,7 +67,7 @@ def prepare_rows(source: Path, folder: Path) -> None:
     tokenizer = load_tokenizer(MODEL)
     for name, file in FILES.items():
         rows: list[str] = []
-        for line in (source / file).read_text("utf-8").split("\n"):
+        for line in filter(None, (source / file).read_text("utf-8").split("\n")):
             row = json.loads(line)
             messages = row.get("messages") or _solved(row)
             if len(tokenizer.apply_chat_template(messages)["input_ids"]) <= LENGTH:
@@ -397,6 +397,8 @@ def main() -> None:
     runs.ila()
     runs.tune()
     runs.alps()
+    if given.tables and not any(given.output.glob("scores_*/scores.json")):
+        parser.error(f"{given.output} holds no scores yet: run without --tables")
     if not given.tables:
         run_stages(wanted(runs.stages, given.only), given.output)
     print(tables(runs))

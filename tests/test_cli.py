@@ -96,7 +96,8 @@ OPTIONS = {
     "mask convert": words("model output"),
     "bench": words("size output audit document"),
     "evaluate": words(
-        "model data task delta limit output mode max_new_tokens last_number batch_size accelerator"
+        "model data task delta limit output mode max_new_tokens last_number batch_size "
+        "chat_template accelerator"
     ),
     "export": words("output model delta checkpoint mask adapter"),
 }

@@ -67,6 +67,8 @@ def read(
 
     Tensors whose names begin with `extra_prefix` are left to `read_extra`.
     """
+    if path.is_dir():
+        raise MaskError(f"{path} is a folder: name the mask's file in it")
     try:
         with safe_open(path, framework="pt") as file:
             document = _document(path, (file.metadata() or {}).get(_KEY))

@@ -21,6 +21,7 @@ from lit_align.compact import (
     save_adapters,
 )
 from lit_align.data import RowTokenizer
+from lit_align.data.templates import chat_template_text
 from lit_align.errors import DataError, TrainingError
 from lit_align.evaluation import evaluate
 from lit_align.language_model import (
@@ -57,6 +58,7 @@ def evaluate_files(
     max_new_tokens: int = 48,
     last_number: bool = False,
     batch_size: int = 64,
+    chat_template: str | None = None,
     accelerator: str = "auto",
 ) -> None:
     """Accuracy of a model on a file of rows, with a 95 % interval.
@@ -73,9 +75,13 @@ def evaluate_files(
         max_new_tokens: of a generated response.
         last_number: take the last number where a response has no "The answer is:".
         batch_size: responses at a time.
+        chat_template: in place of the tokenizer's own: `transcript` (Human/Assistant, for base
+            models), a file's path, or the Jinja text.
         accelerator: the machine's (auto), or cpu.
     """
     language_model, tokenizer = load_language_model(model)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template_text(chat_template)
     language_model.to(inference_device(accelerator))  # type: ignore[arg-type]
     if delta is not None:
         apply_delta(language_model, delta)

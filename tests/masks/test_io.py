@@ -232,3 +232,8 @@ def test_a_document_that_is_not_json_is_refused(path):
         save_file({"a": torch.zeros(1)}, path, {io._KEY: text})
         with pytest.raises(MaskError, match="damaged"):
             ParameterMask.load(path)
+
+
+def test_a_folder_is_said(tmp_path):
+    with pytest.raises(MaskError, match="is a folder: name the mask's file"):
+        ParameterMask.load(tmp_path)

@@ -210,7 +210,7 @@ def test_16_bit_weights_train_without_masters(mask, tiny_llama_dir, tmp_path):
 
 def test_stochastic_rounding_needs_16_bit_weights(tiny_llama_dir, tmp_path):
     module = SupervisedFineTuning(str(tiny_llama_dir), stochastic_rounding=True)
-    with pytest.raises(TrainingError, match="set bf16-true or 16-true"):
+    with pytest.raises(TrainingError, match=r"set trainer\.precision bf16-true or 16-true"):
         fit(module, instructions(4), tmp_path)
 
 

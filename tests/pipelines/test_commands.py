@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from lit_align.compact import export_delta
 from lit_align.errors import DataError, DeltaError, MaskError, TrainingError
-from lit_align.language_model import load_language_model
+from lit_align.language_model import load_language_model, save_language_model
 from lit_align.masks import ParameterMask
 from lit_align.pipelines.commands import evaluate_files, export
 from lit_align.pipelines.localize import localize
@@ -120,3 +120,17 @@ def test_localize_at_every_granularity(granularity, delta, tiny_llama_dir, tmp_p
     )
     mask = ParameterMask.load(output)
     assert mask.metadata.granularity == granularity and mask.count()
+
+
+def test_a_base_model_is_evaluated_with_a_template_that_is_given(tiny_llama_dir, tmp_path, capsys):
+    folder = tmp_path / "base"
+    model, tokenizer = load_language_model(tiny_llama_dir)
+    tokenizer.chat_template = None
+    save_language_model(model, tokenizer, folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "2 + 1 =", "final_answer": "3"}) + "\n")
+    given = {"task": "exact_answer", "max_new_tokens": 2, "accelerator": "cpu"}
+    with pytest.raises(DataError, match="chat template"):
+        evaluate_files(str(folder), str(rows), **given)
+    evaluate_files(str(folder), str(rows), chat_template="transcript", **given)
+    assert "accuracy" in capsys.readouterr().out
