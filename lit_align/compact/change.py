@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_align.compact.adapter_files import load_adapters, save_adapters
 from lit_align.compact.adapters import has_adapters
-from lit_align.compact.delta import Delta, _weight_shapes, export_delta, selected_names
+from lit_align.compact.delta import Delta, base_shapes, export_delta, selected_names
 from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError
 from lit_align.files import sha256_of_file
@@ -64,7 +64,7 @@ def save_change(model: nn.Module, folder: str | Path) -> Path:
     mask = None
     if getattr(model, "lit_align_mask", None) is None:
         mask = ParameterMask.full(
-            _weight_shapes(model), base_fingerprint=getattr(model, "base_fingerprint", None)
+            base_shapes(model), base_fingerprint=getattr(model, "base_fingerprint", None)
         )
     export_delta(model, folder / DELTA_FILE, mask)
     return folder

@@ -124,7 +124,7 @@ def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None 
     """
     mask = changed_mask(model) if mask is None else mask
     base = getattr(model, "base_fingerprint", None)
-    mask.check_matches(_weight_shapes(model), base)
+    mask.check_matches(base_shapes(model), base)
     parameters = dict(model.named_parameters())
     values = {
         n: gather_entries(parameters[n].detach(), _entries_on(mask, n, parameters[n])).cpu()
@@ -143,7 +143,7 @@ def _entries_on(mask: ParameterMask, name: str, like: Tensor) -> Entries:
     return mask.entries(name).to(like.device)
 
 
-def _weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the base's parameters: of a restricted model, without its trainable vectors."""
     vectors = {id(link.selected) for link in links(model) if not link.is_whole}
     return {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in vectors}
@@ -185,7 +185,7 @@ def revert_delta(
         raise DeltaError(
             f"{path} belongs to another model: fingerprint {expected}, that of {folder} is {found}"
         )
-    stored = StoredParameters(folder, named_shapes(_weight_shapes(model)))
+    stored = StoredParameters(folder, named_shapes(base_shapes(model)))
     values = ((n, gather_entries(stored.read(n), mask.entries(n))) for n in selected_names(mask))
     _write(model, mask, values, path)
     if (applied := getattr(model, APPLIED, None)) is not None:
@@ -199,7 +199,7 @@ def _write(
 ) -> None:
     """Values into weights, and from there into the trainable entries of a restricted model."""
     try:
-        mask.check_matches(_weight_shapes(model), getattr(model, "base_fingerprint", None))
+        mask.check_matches(base_shapes(model), getattr(model, "base_fingerprint", None))
     except MaskError as error:
         raise DeltaError(f"{path} belongs to another model: {error}") from error
     parameters = dict(model.named_parameters())

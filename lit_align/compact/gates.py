@@ -17,7 +17,7 @@ from lit_align.compact.adapters import has_adapters
 from lit_align.compact.change import Change
 from lit_align.compact.gated_layers import SCORE, Gate, Switch, is_plain_linear, make_gated
 from lit_align.compact.low_rank import LowRank
-from lit_align.compact.restrict import _owners
+from lit_align.compact.restrict import parameter_owners
 from lit_align.errors import ModelError, TrainingError
 from lit_align.masks.linear_layers import linear_layers
 
@@ -85,7 +85,7 @@ def gate(
     for name, values in change.others.items():
         if name not in parameters or parameters[name].shape != values.shape:
             raise ModelError(f"the change holds {name!r}, which the model has not in that shape")
-    owners = _owners(model)
+    owners = parameter_owners(model)
     model.requires_grad_(False)
     gates = LayerGates({}, Switch(), _apply_others(parameters, change.others, keep_base))
     for name in (n for n in layers if n in change.layers):

@@ -50,7 +50,7 @@ def restrict(
         raise MaskError("the mask selects nothing: no parameter would train")
     selected = {n: mask.selections[n] for n in parameters if mask.selections[n].kind != "none"}
     _refuse_untrainable(parameters, set(selected))
-    owners = _owners(model)
+    owners = parameter_owners(model)
     model.requires_grad_(False)
     touched: dict[nn.Module, None] = {}
     for name, selection in selected.items():
@@ -102,7 +102,7 @@ def _install(
             module.register_parameter(trainable, selected)
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (module, attribute) under which a parameter is held, by `id(parameter)`."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
