@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, SchedulerType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
 
 from lit_align.compact import Delta, apply_delta, restrict
 from lit_align.compact.adapters import (
@@ -134,7 +134,7 @@ class LoadedModule(OptimizedModule):
         if self.adapter is not None and not has_adapters(self.model):
             raise TrainingError(f"{type(self).__name__} takes no adapter: leave it out")
         if h.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.model)
         self.model.train()
         # Frozen weights and buffers are equal on every rank: DDP need not send them.
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
@@ -205,6 +205,18 @@ class LoadedModule(OptimizedModule):
         if path is not None and self.trainer.is_global_zero:
             reference_logps.write(path, rows, key)
         return rows
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the inputs of the layers that train, and what lies between two layers above them.
+
+    Everything else is computed again in the backward. Frozen layers below the lowest trained
+    parameter keep nothing and are not computed again.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers lets the embedding's output require a gradient, for reentrant checkpoints: with it
+    # all layers would be computed again and differentiated.
+    model.disable_input_require_grads()
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
