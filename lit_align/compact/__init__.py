@@ -12,6 +12,7 @@ from lit_align.compact.adapters import (
 )
 from lit_align.compact.change import Change, read_change, save_change
 from lit_align.compact.delta import Delta, apply_delta, export_delta, merge, revert_delta
+from lit_align.compact.fast_products import use_fast_products
 from lit_align.compact.gates import LayerGates, closed_gates, gate, layer_gates, open_gates
 from lit_align.compact.low_rank import LowRank
 from lit_align.compact.reference import reference_policy
@@ -50,5 +51,6 @@ __all__ = [
     "save_change",
     "sync",
     "trainable",
+    "use_fast_products",
     "without_adapters",
 ]

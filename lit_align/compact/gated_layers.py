@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from lit_align.compact.fast_products import linear_kind
 from lit_align.compact.gated_products import gated_product, gated_weight
 from lit_align.compact.low_rank import LowRank
 from lit_align.compact.restrict import head_handle
@@ -151,16 +151,14 @@ def gate_of(module: nn.Module) -> Gate:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module's forward is that of nn.Linear or Conv1D."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return linear_kind(module) is not None
 
 
 def _gated_base(module: nn.Module) -> type[GatedModule]:
-    forward = type(module).forward
-    if forward is nn.Linear.forward:
-        return GatedLinear
-    if forward is Conv1D.forward:
-        return GatedConv1D
-    if forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
+    kind = linear_kind(module)
+    if kind is not None:
+        return GatedLinear if kind == "linear" else GatedConv1D
+    if type(module).forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
         return GatedEmbedding if module.max_norm is None else GatedWeight
     return GatedWeight
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_align.compact.low_rank import LowRank
-from lit_align_kernels.products import add_product, product
+from lit_align_kernels.products import add_product, linear, product
 
 
 def gated_weight(weight: Tensor, change: Tensor, gate: Tensor) -> Tensor:
@@ -128,14 +127,6 @@ class _LowRankChange(torch.autograd.Function):
             shape, dtype = ctx.x
             grad_x = grad_x.view(shape).to(dtype)
         return grad_x, None, None, None, grad_gate, None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product x Wᵀ + b inside an autograd function; by the faster library where it is fp32."""
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    y = product(x, weight.t())
-    return y if bias is None else y.add_(bias)
 
 
 def _merged(weight: Tensor, change: Tensor, gate: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
 from lit_align.compact import graphs
+from lit_align.compact.fast_products import FastLinear, linear_kind, takes_fast_products
 from lit_align.compact.state import (
     compact_state,
     live_modules,
@@ -25,7 +25,7 @@ from lit_align.compact.state import (
 )
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import masked_weight_grad
-from lit_align_kernels.products import product
+from lit_align_kernels.products import linear, product
 from lit_align_kernels.swap_selected import gather_entries
 
 
@@ -41,11 +41,12 @@ class _Linear(torch.autograd.Function):
         selected: Tensor,
         entries: Entries,
         transposed: bool,
+        fast: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.entries, ctx.transposed = entries, transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        return (linear if fast else F.linear)(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -62,7 +63,7 @@ class _Linear(torch.autograd.Function):
             flat_x = x.reshape(-1, x.shape[-1]).to(grad.dtype)
             a, b = (flat_x, flat) if ctx.transposed else (flat, flat_x)
             grad_selected = masked_weight_grad(a, b, ctx.entries)
-        return grad_x, None, grad_bias, grad_selected, None, None
+        return grad_x, None, grad_bias, grad_selected, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -195,6 +196,7 @@ class CompactLinear(CompactModule):
             self._parameters[state.trainable],
             state.entries,
             self._is_transposed,
+            isinstance(self, FastLinear) and takes_fast_products(x, weight),
         )
         return graphs.track(y, self)
 
@@ -239,10 +241,8 @@ def _passes_through(parameter: str) -> property:
 def _fast_class(module: nn.Module) -> type[CompactModule] | None:
     """The fast path for this module, where its forward is the plain one."""
     forward = type(module).forward
-    if forward is nn.Linear.forward:
-        return CompactLinear
-    if forward is Conv1D.forward:
-        return CompactConv1D
+    if kind := linear_kind(module):
+        return CompactLinear if kind == "linear" else CompactConv1D
     if forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         plain = plain and compact_state(module)["weight"].entries.axis == 0

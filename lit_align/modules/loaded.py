@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
 
-from lit_align.compact import Delta, apply_delta, restrict
+from lit_align.compact import Delta, apply_delta, restrict, use_fast_products
 from lit_align.compact.adapters import (
     AdapterSettings,
     adapter_share,
@@ -125,6 +125,7 @@ class LoadedModule(OptimizedModule):
             apply_delta(self.model, h.delta)
             self.delta_checksum = Delta.load(h.delta).checksum
         nn.Module.to(self.model, self.trainer.strategy.root_device)
+        use_fast_products(self.model)
         check_head(self.model)
         self.mask = self._requested_mask()
         if self.uses_reference and h.reference == "cache":
