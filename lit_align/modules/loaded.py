@@ -125,8 +125,8 @@ class LoadedModule(OptimizedModule):
             apply_delta(self.model, h.delta)
             self.delta_checksum = Delta.load(h.delta).checksum
         nn.Module.to(self.model, self.trainer.strategy.root_device)
-        use_fast_products(self.model)
         check_head(self.model)
+        use_fast_products(self.model)
         self.mask = self._requested_mask()
         if self.uses_reference and h.reference == "cache":
             self._attach_reference_logps()
