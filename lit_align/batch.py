@@ -38,6 +38,10 @@ class PackedBatch:
         ref_per_token_logps: (N,) fp32 log-probs of the reference policy, or None.
         target_offsets: S + 1 numbers on the host: sequence s has targets
             [target_offsets[s], target_offsets[s + 1]).
+        documents: None in the padded layout. In the shared_prefix layout R is 1 and nothing is
+            padded: the row is one document after another, each given by its lengths (prefix,
+            branch, ...). A branch attends to its prefix and itself; positions begin at 0 in each
+            document, and each branch's go on from the prefix's end.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class PackedBatch:
         row_ids: Tensor,
         ref_per_token_logps: Tensor | None = None,
         target_offsets: list[int] | None = None,
+        documents: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.position_ids = position_ids
@@ -69,6 +74,7 @@ class PackedBatch:
             counts = torch.bincount(sequence_index, minlength=sequence_roles.numel())
             target_offsets = [0, *counts.cumsum(0).tolist()]
         self.target_offsets = target_offsets
+        self.documents = documents
 
     @property
     def num_sequences(self) -> int:
@@ -104,6 +110,7 @@ class PackedBatch:
                 None if self.ref_per_token_logps is None else self.ref_per_token_logps[at]
             ),
             target_offsets=[offset - start for offset in offsets[first : last + 1]],
+            documents=self.documents,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:

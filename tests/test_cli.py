@@ -117,7 +117,7 @@ MODULES = {
 DATA_OPTIONS = words(
     "train_file validation_file test_file predict_file format chat_template max_length truncation "
     "batch_size eval_batch_size max_rows validation_fraction on_bad_row output_dir num_workers "
-    "seed group_by_length streaming shuffle_buffer"
+    "seed group_by_length streaming shuffle_buffer layout"
 )
 MASK = "runs/masked_dpo_tiny/mask.safetensors"
 

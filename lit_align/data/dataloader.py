@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_align.batch import PackedBatch
-from lit_align.data.packing import FILLER_ROW_ID, collate
+from lit_align.data.packing import FILLER_ROW_ID
 from lit_align.data.sampler import BatchSampler
 from lit_align.data.schema import TokenizedRow
+from lit_align.data.shared_prefix import Layout, collator
 
 
 class TokenizedRows(Dataset[list[TokenizedRow]]):
@@ -58,14 +58,18 @@ class ResumableDataLoader(DataLoader[PackedBatch]):
 
 
 def make_dataloader(
-    rows: Sequence[TokenizedRow], sampler: BatchSampler, pad_id: int, num_workers: int = 0
+    rows: Sequence[TokenizedRow],
+    sampler: BatchSampler,
+    pad_id: int,
+    num_workers: int = 0,
+    layout: Layout = "padded",
 ) -> ResumableDataLoader:
     """Batches of `rows` as the sampler makes them up."""
     return ResumableDataLoader(
         TokenizedRows(rows),  # type: ignore[arg-type]
         batch_size=None,  # the sampler yields whole batches
         sampler=sampler,  # type: ignore[arg-type]
-        collate_fn=functools.partial(collate, pad_id=pad_id),  # type: ignore[arg-type]
+        collate_fn=collator(layout, pad_id),  # type: ignore[arg-type]
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

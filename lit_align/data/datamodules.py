@@ -89,7 +89,7 @@ class TextDataModule(ReadingDataModule):
             seed=self.seed,
             **self._ranks(),
         )
-        return make_dataloader(rows, sampler, self._pad_id, self.num_workers)
+        return make_dataloader(rows, sampler, self._pad_id, self.num_workers, self.layout)
 
     def _streaming_loader(self, split: Split, batch_size: int, shuffle: bool) -> StreamingLoader:
         rows = StreamedRows(
@@ -99,6 +99,7 @@ class TextDataModule(ReadingDataModule):
             self._pad_id,
             shuffle_buffer=self.shuffle_buffer if shuffle else 0,
             seed=self.seed,
+            layout=self.layout,
             **self._ranks(),
         )
         return StreamingLoader(rows, self.num_workers, self._epoch, self._take_bad_rows)

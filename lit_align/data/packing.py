@@ -37,12 +37,12 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PackedBatch:
         position_ids=torch.from_numpy(positions),
         attention_mask=torch.from_numpy((positions < lengths[:, None]).astype(np.int64)),
         hidden_index=_hidden_index(lengths, num_targets),
-        target_ids=_joined([sequence.response_ids for sequence in sequences], np.int64),
+        target_ids=joined([sequence.response_ids for sequence in sequences], np.int64),
         sequence_index=torch.from_numpy(np.repeat(np.arange(len(sequences)), num_targets)),
-        token_weights=_joined(map(_weights, sequences, row_ids), np.float32),
+        token_weights=joined(map(weights, sequences, row_ids), np.float32),
         sequence_roles=torch.tensor([sequence.role for sequence in sequences]),
         row_ids=torch.tensor(row_ids),
-        ref_per_token_logps=_reference_logps(sequences),
+        ref_per_token_logps=reference_logps(sequences),
     )
 
 
@@ -67,7 +67,7 @@ def _hidden_index(lengths: np.ndarray, num_targets: np.ndarray) -> Tensor:
     return torch.from_numpy(np.repeat(first - before, num_targets) + np.arange(num_targets.sum()))
 
 
-def _weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
+def weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
     """(N,) weights of one sequence."""
     if row_id == FILLER_ROW_ID:
         return np.zeros(len(sequence.response_ids))
@@ -76,15 +76,16 @@ def _weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
     return sequence.token_weights
 
 
-def _reference_logps(sequences: Sequence[TokenizedSequence]) -> Tensor | None:
+def reference_logps(sequences: Sequence[TokenizedSequence]) -> Tensor | None:
     """(N,) fp32, or None where no sequence has them; they are known for all or for none."""
     known = [s.ref_per_token_logps for s in sequences if s.ref_per_token_logps is not None]
     if not known:
         return None
     if len(known) != len(sequences):
         raise ValueError("reference log-probs are known for some sequences of the batch only")
-    return _joined(known, np.float32)
+    return joined(known, np.float32)
 
 
-def _joined(parts: Iterable[np.ndarray], dtype: type) -> Tensor:
+def joined(parts: Iterable[np.ndarray], dtype: type) -> Tensor:
+    """The parts, one after another."""
     return torch.from_numpy(np.concatenate(list(parts)).astype(dtype))

@@ -25,6 +25,7 @@ from lit_align.data.loading import (
     with_reference_logps,
 )
 from lit_align.data.schema import Row, TokenizedRow
+from lit_align.data.shared_prefix import Layout
 from lit_align.data.streaming_loader import (
     NEEDS_ALL_ROWS,
     Streams,
@@ -50,6 +51,7 @@ class ReadingDataModule(lightning.LightningDataModule):
     """Which rows a data module has, by split; `TextDataModule` makes batches of them."""
 
     row_type: ClassVar[type]
+    default_layout: ClassVar[Layout] = "padded"
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class ReadingDataModule(lightning.LightningDataModule):
         group_by_length: bool = True,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        layout: Layout | None = None,
     ) -> None:
         """Rows are read in `setup`, or with `streaming` while they are trained on.
 
@@ -106,6 +109,9 @@ class ReadingDataModule(lightning.LightningDataModule):
                 counts usable rows or not; needs `trainer.max_steps`, validation rows of their own
                 and, of the reference policy, `reference: swap`.
             shuffle_buffer: of a stream: rows that the next one is drawn from; 0 keeps the order.
+            layout: of batches: `padded`, every sequence a row of its own; or `shared_prefix`, all
+                of a step's rows in one without padding, what a pair begins with computed once.
+                None: the data module's own (`default_layout`).
         """
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -116,6 +122,8 @@ class ReadingDataModule(lightning.LightningDataModule):
             raise DataError(f"on_bad_row is {on_bad_row!r}: error | skip")
         if shuffle_buffer < 0:
             raise DataError(f"shuffle_buffer is {shuffle_buffer}: at least 0")
+        if layout not in (None, "padded", "shared_prefix"):
+            raise DataError(f"layout is {layout!r}: padded | shared_prefix")
         if streaming and validation_fraction:
             raise DataError(
                 "validation_fraction splits rows that are all there, and streaming has never more "
@@ -143,6 +151,7 @@ class ReadingDataModule(lightning.LightningDataModule):
         self.group_by_length = group_by_length
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+        self.layout: Layout = layout or self.default_layout
         self.bad_rows = BadRows()
         self._typed_rows: Mapping[Split, Sequence[Row]] = {}
         self._rows: dict[Split, list[TokenizedRow]] = {}

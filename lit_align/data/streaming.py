@@ -21,8 +21,9 @@ from lit_align.batch import CHOSEN, REJECTED, PackedBatch
 from lit_align.data.bad_rows import BadRow, BadRowError, BadRows
 from lit_align.data.files import read_rows
 from lit_align.data.loading import RowLoader
-from lit_align.data.packing import FILLER_ROW_ID, collate
+from lit_align.data.packing import FILLER_ROW_ID
 from lit_align.data.schema import PreferenceRow, TokenizedRow, TokenizedSequence
+from lit_align.data.shared_prefix import Layout, collator
 
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ class StreamedRows(IterableDataset[StreamedBatch]):
         rank: this one.
         epoch: changes the order.
         skip: global batches to leave out at the beginning, which are read but not tokenised.
+        layout: of the batches.
     """
 
     loader: RowLoader
@@ -86,6 +88,7 @@ class StreamedRows(IterableDataset[StreamedBatch]):
     rank: int = 0
     epoch: int = 0
     skip: int = 0
+    layout: Layout = "padded"
 
     def __iter__(self) -> Iterator[StreamedBatch]:
         worker = get_worker_info()
@@ -130,7 +133,8 @@ class StreamedRows(IterableDataset[StreamedBatch]):
                 usable.append(self.loader.tokenized(row.columns, row.row_id))
             except BadRowError as error:
                 bad_rows.add(row.source, row.number, error, row.columns)
-        return collate(usable or [self._filler()], self.pad_id), bad_rows.rows
+        make = collator(self.layout, self.pad_id)
+        return make(usable or [self._filler()]), bad_rows.rows
 
     def _filler(self) -> TokenizedRow:
         """A row of no meaning, with as many sequences as the others have."""

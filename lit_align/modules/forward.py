@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lit_align.batch import PackedBatch
 from lit_align.compact import head_handle, head_inputs
 from lit_align.errors import ModelError
+from lit_align.modules.shared_prefix import DocumentLayout, enable_shared_prefix
 from lit_align_kernels.token_logprobs import (
     TokenStatistics,
     WeightHandle,
@@ -27,7 +28,14 @@ from lit_align_kernels.weighted_preference_loss import (
 
 def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The hidden states that predict the batch's targets: (N, D)."""
-    hidden = _hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    layout: dict[str, Any] = {}
+    attention_mask = batch.attention_mask
+    if batch.documents is not None:
+        enable_shared_prefix(model)
+        layout["documents"] = DocumentLayout(batch.documents, batch.input_ids.device)
+        # Of four dimensions, so that no model makes one of its own; attention looks at documents.
+        attention_mask = attention_mask[:, None, None].expand(-1, 1, attention_mask.shape[1], -1)
+    hidden = _hidden(model, batch.input_ids, attention_mask, batch.position_ids, **layout)
     return hidden.flatten(0, 1).index_select(0, batch.hidden_index)
 
 
@@ -38,7 +46,11 @@ def _head_inputs(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, We
 
 
 def _hidden(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    **layout: Any,
 ) -> Tensor:
     """The decoder's last hidden states: (R, T, D)."""
     decoder: Any = model.get_decoder()
@@ -55,6 +67,7 @@ def _hidden(
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=False,
+        **layout,
     )
     return output.last_hidden_state
 
