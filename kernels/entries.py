@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,18 @@ class Entries:
         if self.axis == 1:
             return self.shape[0]
         return self.shape[-1] if self.shape else 1
+
+    def counts_before(self, rows: Sequence[int]) -> list[int]:
+        """How much is selected before each of these rows, on the host.
+
+        Selected rows for `rows` along axis 0, selected entries for `elements`. Waits for a GPU.
+        """
+        if self.kind == "rows":
+            assert self.rows is not None
+            wanted = torch.tensor(rows, device=self.rows.device)
+            return torch.searchsorted(self.rows, wanted).tolist()
+        assert self.row_offsets is not None
+        return self.row_offsets[torch.tensor(rows, device=self.row_offsets.device)].tolist()
 
     def bitmap(self) -> Tensor:
         """The selected elements as bits: (ceil(numel of the weight / 32),) int32 words.

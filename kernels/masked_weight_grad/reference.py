@@ -27,10 +27,10 @@ def masked_weight_grad(
 
 
 def _elements(a: Tensor, b: Tensor, entries: Entries, out: Tensor, accumulate: bool) -> None:
-    assert entries.positions is not None and entries.row_offsets is not None
+    assert entries.positions is not None
     rows, width = entries.shape
     step = max(1, BLOCK_ENTRIES // width)
-    bounds = [*entries.row_offsets[:-1:step].tolist(), entries.numel]
+    bounds = [*entries.counts_before(range(0, rows, step)), entries.numel]
     for i, start in enumerate(range(0, rows, step)):
         first, last = bounds[i : i + 2]
         if first == last:
@@ -63,13 +63,11 @@ def gather_block(block: Tensor, entries: Entries, start: int, stop: int, out: Te
         columns[:, start:stop] = block.index_select(1, entries.rows).t()
     elif entries.kind == "rows":
         assert entries.rows is not None
-        first, last = torch.searchsorted(
-            entries.rows, torch.tensor([start, stop], device=block.device)
-        ).tolist()
+        first, last = entries.counts_before([start, stop])
         chosen = block.index_select(0, entries.rows[first:last] - start)
         out[first * width : last * width] = chosen.reshape(-1)
     else:
-        assert entries.positions is not None and entries.row_offsets is not None
-        first, last = int(entries.row_offsets[start]), int(entries.row_offsets[stop])
+        assert entries.positions is not None
+        first, last = entries.counts_before([start, stop])
         local = entries.positions[first:last] - start * width
         out[first:last] = block.reshape(-1).index_select(0, local)

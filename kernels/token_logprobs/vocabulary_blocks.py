@@ -199,8 +199,7 @@ def _weight_gradient(
         write_product(out[start:stop], d_logits.t(), hidden)
     elif entries.kind == "rows" and entries.axis == 0:
         assert entries.rows is not None
-        bounds = torch.tensor([start, stop], device=out.device)
-        first, last = torch.searchsorted(entries.rows, bounds).tolist()
+        first, last = entries.counts_before([start, stop])
         chosen = d_logits.index_select(1, entries.rows[first:last] - start)
         width = hidden.shape[1]
         out[first * width : last * width] = product(chosen.t(), hidden).reshape(-1)
