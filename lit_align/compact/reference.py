@@ -27,6 +27,14 @@ def _exchange(links_: list[Link]) -> None:
     torch.clear_autocast_cache()  # its 16-bit copies are of the values before the exchange
 
 
+def holds_reference(model: nn.Module) -> bool:
+    """Whether `reference_policy` can make the model its own reference."""
+    found = links(model)
+    return has_adapters(model) or (
+        bool(found) and all(link.state.base is not None for link in found)
+    )
+
+
 @contextlib.contextmanager
 def reference_policy(model: nn.Module) -> Iterator[None]:
     """Base values stand in place of the selected entries inside this context; no grad is recorded.
@@ -43,7 +51,7 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
             yield
         return
     found = links(model)
-    if not found or any(link.state.base is None for link in found):
+    if not holds_reference(model):
         raise TrainingError(
             "reference_policy needs a model restricted with keep_base=True; a model that trains "
             "wholly has no base values to swap in: use precomputed reference log-probs"

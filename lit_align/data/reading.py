@@ -260,8 +260,16 @@ class ReadingDataModule(lightning.LightningDataModule):
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "chat_template": hashlib.sha256(template.encode()).hexdigest(),
             "truncation": f"{self.truncation} {self.max_length}",
+            "layout": self.layout,
             "rows": self.fingerprint(split),
         }
+
+    def with_rows(self, split: Split, row_ids: Sequence[int]) -> Self:
+        """A copy in which a split has these of its rows alone, under the ids they have here."""
+        other = copy.copy(self)
+        rows = self.rows(split)
+        other._rows = {split: [rows[i] for i in row_ids]}
+        return other
 
     def attach_reference_logps(self, split: Split, logps: Sequence[Sequence[np.ndarray]]) -> None:
         """Let a split's batches carry `ref_per_token_logps`.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lit_align.batch import PackedBatch
-from lit_align.compact import reference_policy
 from lit_align.compact.rank_allocation import allocates_ranks, orthogonality
 from lit_align.errors import TrainingError
 from lit_align.modules.forward import (
@@ -89,18 +88,13 @@ class LanguageModelModule(LoadedModule):
     def localization_loss(self, batch: PackedBatch) -> Tensor:
         """The loss at θ with the policy itself as reference: what gradient localisation follows.
 
-        A sum over the batch's units, so that the scores do not depend on how rows are batched.
+        With `reference: none`, of the loss without one. A sum over the batch's units, so that the
+        scores do not depend on how rows are batched.
         """
-        return self._objective(batch, None).loss_sum
+        reference = self.reference_per_token_logps(batch) if self.reference_free else None
+        return self._objective(batch, reference).loss_sum
 
     # ---- steps -------------------------------------------------------------------------------
-
-    def reference_per_token_logps(self, batch: PackedBatch) -> Tensor | None:
-        """(N,) log-probs of the reference, from the batch or by swapping base values in."""
-        if not self.uses_reference or batch.ref_per_token_logps is not None:
-            return batch.ref_per_token_logps
-        with reference_policy(self.model):
-            return per_token_logps(self.model, batch)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The batch's loss, scaled so that dividing by the window's units gives the exact mean."""
@@ -148,7 +142,7 @@ class LanguageModelModule(LoadedModule):
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a sequence: row id, role, tokens, log-prob, and the reference's if any."""
-        reference = self.reference_per_token_logps(batch)
+        reference = None if self.reference_free else self.reference_per_token_logps(batch)
         logps = per_token_logps(self.model, batch)
         records = []
         for sequence, row in enumerate(batch.row_ids.tolist()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,6 @@ from lit_align.errors import TrainingError
 from lit_align.localizers.layer_gate import LayerScores
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.modules.base import LanguageModelModule, Objective
-from lit_align.modules.forward import per_token_logps
 from lit_align.modules.loaded import check_choice
 from lit_align.modules.masked_dpo import MaskedDPO
 from lit_align.modules.metric_log import MetricLog
@@ -137,12 +137,9 @@ class ILAMaskLearning(LanguageModelModule):
         total = sum(math.prod(shape) for shape in weight_shapes(self.model).values())
         return len(self.gates.modules) / total
 
-    def reference_per_token_logps(self, batch: PackedBatch) -> Tensor | None:
-        """(N,) log-probs of the base: from the batch, or with all gates closed."""
-        if not self.uses_reference or batch.ref_per_token_logps is not None:
-            return batch.ref_per_token_logps
-        with torch.no_grad(), closed_gates(self.model):
-            return per_token_logps(self.model, batch)
+    def reference_context(self) -> AbstractContextManager[None]:
+        """The base: all gates closed."""
+        return closed_gates(self.model)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The loss, and the penalty of the budget."""

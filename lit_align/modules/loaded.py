@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,22 +20,18 @@ from lit_align.compact.adapters import (
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
-from lit_align.modules import reference_logps
 from lit_align.modules.forward import check_head
-from lit_align.modules.optimized import OptimizedModule
+from lit_align.modules.referenced import Reference, ReferencedModule, check_reference
 
-Reference = Literal["cache", "swap"]
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
-class LoadedModule(OptimizedModule):
+class LoadedModule(ReferencedModule):
     """Holds the settings, and loads its model in `configure_model`.
 
     A callback with `parameter_mask(trainer, module)` (`KeyParameterLocalization`) may restrict
     training to a mask there.
     """
-
-    uses_reference: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -73,19 +69,21 @@ class LoadedModule(OptimizedModule):
             attn_implementation: of transformers.
             trust_remote_code: let the model's folder bring code of its own.
             reference: `cache` computes the reference's log-probs of all rows once before training;
-                `swap` swaps base values in at every step (needs a mask or
-                an adapter).
-            reference_cache: folder to keep those log-probs in; None keeps them in memory.
+                `swap` swaps base values in at every step (needs a mask or an adapter); `none` is
+                reference-free: they count as 0.
+            reference_cache: folder to keep those of `cache` in, for rows that are met again; what
+                an interrupted run computed is kept. None keeps them in memory.
             stochastic_rounding: with `trainer.precision` bf16-true or 16-true, train the weights
                 without fp32 masters, rounding updates up or down at random.
             adapter: train adapters (LoRA, AdaLoRA, QLoRA) in place of the weights; a mask of whole
                 layers says which layers get one.
 
         Raises:
-            TrainingError: an unknown lr_scheduler or reference.
+            TrainingError: an unknown lr_scheduler or reference, or settings that contradict each
+                other.
         """
         check_choice("lr_scheduler", lr_scheduler, [s.value for s in SchedulerType])
-        check_choice("reference", reference, get_args(Reference))
+        check_reference(reference, reference_cache)
         if min_lr_ratio and (lr_scheduler != "cosine" or not 0 <= min_lr_ratio <= 1):
             raise TrainingError(
                 f"min_lr_ratio {min_lr_ratio} is a share of the peak in [0, 1], of cosine alone; "
@@ -104,32 +102,25 @@ class LoadedModule(OptimizedModule):
     def configure_model(self) -> None:
         """Load the model, ask for a mask, restrict; compute reference log-probs on the way."""
         if self.language_model is not None:
+            if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
+                self._attach_reference_logps(self._reference_again)  # rows of another stage
             return
         h: Any = self.hparams
-        precision = self.trainer.precision
-        dtype = DTYPES.get(str(precision), torch.float32)
+        precision, dtype = self.trainer.precision, self.weight_dtype
         if h.stochastic_rounding and (dtype == torch.float32 or self.adapter is not None):
             trained = "fp32 adapters" if self.adapter else f"weights in {precision}"
             raise TrainingError(
                 f"stochastic_rounding trains 16-bit weights, and this run {trained}: set "
                 "trainer.precision bf16-true or 16-true, without an adapter"
             )
-        self.language_model, self.tokenizer = load_language_model(
-            h.model,
-            dtype=dtype,
-            attn_implementation=h.attn_implementation,
-            trust_remote_code=h.trust_remote_code,
-            nf4_on=self.trainer.strategy.root_device if self._quantization == "nf4" else None,
-        )
+        self.language_model = self.load_base()
         if h.delta:
-            apply_delta(self.model, h.delta)
             self.delta_checksum = Delta.load(h.delta).checksum
-        nn.Module.to(self.model, self.trainer.strategy.root_device)
         check_head(self.model)
         use_fast_products(self.model)
         self.mask = self._requested_mask()
-        if self.uses_reference and h.reference == "cache":
-            self._attach_reference_logps()
+        self.model.eval()
+        self._attach_reference_logps(lambda: contextlib.nullcontext(self.model))
         _disable_dropout(self.model)  # the base's: adapters bring their own
         self._restrict(dtype)
         if self.adapter is not None and not has_adapters(self.model):
@@ -145,8 +136,26 @@ class LoadedModule(OptimizedModule):
         return adapter_share(self.model) if has_adapters(self.model) else super().trained_share()
 
     @property
-    def _quantization(self) -> str:
-        return "none" if self.adapter is None else self.adapter.quantization
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype that the base is loaded in."""
+        return DTYPES.get(str(self.trainer.precision), torch.float32)
+
+    def load_base(self) -> PreTrainedModel:
+        """The model before training, the delta included, on this rank's device."""
+        h: Any = self.hparams
+        device = self.trainer.strategy.root_device
+        on_nf4 = self.adapter is not None and self.adapter.quantization == "nf4"
+        model, self.tokenizer = load_language_model(
+            h.model,
+            dtype=self.weight_dtype,
+            attn_implementation=h.attn_implementation,
+            trust_remote_code=h.trust_remote_code,
+            nf4_on=device if on_nf4 else None,
+        )
+        if h.delta:
+            apply_delta(model, h.delta)
+        nn.Module.to(model, device)
+        return model
 
     def _restrict(self, dtype: torch.dtype) -> None:
         """Train adapters, the mask's entries, or everything."""
@@ -175,37 +184,6 @@ class LoadedModule(OptimizedModule):
     def _untrained_names(self) -> list[str]:
         frozen = [n for n, p in self.named_parameters() if not p.requires_grad]
         return frozen + [n for n, _ in self.named_buffers()]
-
-    def _attach_reference_logps(self) -> None:
-        """Compute (or read) reference log-probs of the rows this run uses; batches carry them."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "attach_reference_logps"):
-            raise TrainingError(
-                "reference: cache needs one of lit-align's data modules; use reference: swap"
-            )
-        self.model.eval()
-        for split in ("train", "validation", "test", "predict"):
-            if data.has_rows(split):
-                data.attach_reference_logps(split, self._reference_logps_of(data, split))
-
-    def _reference_logps_of(self, data: Any, split: str) -> reference_logps.RowLogps:
-        h: Any = self.hparams
-        key = data.reference_key(split) | {
-            "model": self.model.base_fingerprint,
-            "delta": self.delta_checksum,
-            "precision": str(self.trainer.precision),
-        }
-        if self._quantization != "none":
-            key["quantization"] = self._quantization
-        path = Path(h.reference_cache) / f"{split}.safetensors" if h.reference_cache else None
-        if path is not None and path.exists():
-            return reference_logps.read(path, key)
-        loader = data.dataloader(split, data.eval_batch_size)
-        plugin = self.trainer.precision_plugin
-        rows = reference_logps.compute(self.model, loader, len(data.rows(split)), plugin)
-        if path is not None and self.trainer.is_global_zero:
-            reference_logps.write(path, rows, key)
-        return rows
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -10,11 +10,9 @@ from lit_align.compact import apply_delta, export_delta
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.modules import MaskedDPO, TokenWeightedNPO
-from tests.tiny_models import save_tiny_model
 from tests.training_runs import (
     MemoryLogger,
     assert_close_weights,
-    preference_rows,
     preferences,
     random_mask,
     trainer,
@@ -86,70 +84,6 @@ def test_swap_needs_a_mask(tiny_llama_dir, tmp_path):
 def test_retaining_by_kl_needs_swap(tiny_llama_dir):
     with pytest.raises(TrainingError, match="reference: swap"):
         TokenWeightedNPO(str(tiny_llama_dir), retain="kl")
-
-
-# ---- the cache on disk ---------------------------------------------------------------------------
-
-
-def cached(tiny_llama_dir, folder, **settings):
-    return MaskedDPO(str(tiny_llama_dir), reference_cache=str(folder), **LEARN | settings)
-
-
-def test_the_cache_is_reused(tiny_llama_dir, tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    rows = {"validation": preference_rows(3, seed=7)}
-    first = fit(cached(tiny_llama_dir, folder), preferences(6, splits=rows), tmp_path)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "train.safetensors",
-        "validation.safetensors",
-    ]
-
-    def never(*args):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr("lit_align.modules.reference_logps.compute", never)
-    again = fit(cached(tiny_llama_dir, folder), preferences(6, splits=rows), tmp_path)
-    assert again.values("loss") == first.values("loss")
-    assert again.values("eval_loss") == first.values("eval_loss")
-
-
-def test_a_cache_of_another_run_says_what_differs(tiny_llama_dir, mask_path, tmp_path):
-    folder = tmp_path / "cache"
-    first = cached(tiny_llama_dir, folder)
-    fit(first, preferences(6), tmp_path, mask_path)
-    export_delta(first.model, tmp_path / "delta")
-    kept = (folder / "train.safetensors").read_bytes()
-    others = {
-        "rows": (cached(tiny_llama_dir, folder), preferences(7), {}),
-        "truncation": (cached(tiny_llama_dir, folder), preferences(6, max_length=99), {}),
-        "precision": (cached(tiny_llama_dir, folder), preferences(6), {"precision": "bf16-mixed"}),
-        "delta": (
-            cached(tiny_llama_dir, folder, delta=str(tmp_path / "delta")),
-            preferences(6),
-            {},
-        ),
-    }
-    for what, (module, data, settings) in others.items():
-        with pytest.raises(TrainingError, match=what) as error:
-            fit(module, data, tmp_path, **settings)
-        assert [w for w in others if f"{w} (" in str(error.value)] == [what]
-    assert (folder / "train.safetensors").read_bytes() == kept
-
-
-def test_another_models_cache_is_refused(tiny_llama_dir, tmp_path):
-    fit(cached(tiny_llama_dir, tmp_path / "cache"), preferences(4), tmp_path)
-    other = save_tiny_model(tmp_path / "other", seed=3)
-    with pytest.raises(TrainingError, match="another run: model"):
-        fit(cached(other, tmp_path / "cache"), preferences(4), tmp_path)
-
-
-def test_a_damaged_cache_is_refused(tiny_llama_dir, tmp_path):
-    folder = tmp_path / "cache"
-    fit(cached(tiny_llama_dir, folder), preferences(4), tmp_path)
-    file = folder / "train.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(TrainingError, match=r"train\.safetensors"):
-        fit(cached(tiny_llama_dir, folder), preferences(4), tmp_path)
 
 
 def test_the_cache_needs_our_data_modules(tiny_llama_dir, tmp_path):
