@@ -1,4 +1,4 @@
-"""`lit-align bench`: the kernels timed on this device, or audited without one."""
+"""`lit-align bench`: the kernels timed on this device, or audited without one; training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import torch
 
 from lit_align.errors import BenchmarkError
 from lit_align.files import write_atomically
+from lit_align.pipelines.training_bench import training_command
 from lit_align.report.kernel_figures import draw_measurements
 from lit_align_kernels import benchmarks, dispatch
 from lit_align_kernels.benchmarks import Ceilings, LeftOut, Measurement, Size
 
 DOCUMENT = Path("docs/KERNELS.md")
 OUTPUT = "runs/bench"
+TRAINING = "training"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time kernels against what else does the same, or audit them without a GPU.\n"
         "A kernel whose result is wrong is refused; a competitor's that is wrong is left out.",
-        epilog="kernels: " + ", ".join(benchmarks.OPERATIONS),
+        epilog="kernels: " + ", ".join(benchmarks.OPERATIONS) + "\n"
+        "`lit-align bench training` compares whole training runs: its --help tells more.",
     )
     add = found.add_argument
     add("kernels", nargs="*", metavar="kernel", help="which; all where none is named")
@@ -55,7 +58,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def bench_command(words: Sequence[str]) -> None:
-    """`bench` with the words of a command line."""
+    """`bench` with the words of a command line; `training` first: whole runs, not kernels."""
+    if words and words[0] == TRAINING:
+        training_command(words[1:])
+        return
     bench(**vars(parser().parse_intermixed_args(list(words))))
 
 
