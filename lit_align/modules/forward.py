@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from lit_align.batch import PackedBatch
 from lit_align.compact import head_handle, head_inputs
 from lit_align.errors import ModelError
-from lit_align.modules.shared_prefix import DocumentLayout, enable_shared_prefix
+from lit_align.modules.decoder import hidden_states
+from lit_align.modules.document_attention import DocumentLayout
+from lit_align.modules.shared_prefix import enable_shared_prefix
 from lit_align_kernels.token_logprobs import (
     TokenStatistics,
     WeightHandle,
@@ -28,14 +30,11 @@ from lit_align_kernels.weighted_preference_loss import (
 
 def target_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The hidden states that predict the batch's targets: (N, D)."""
-    layout: dict[str, Any] = {}
-    attention_mask = batch.attention_mask
+    layout = None
     if batch.documents is not None:
         enable_shared_prefix(model)
-        layout["documents"] = DocumentLayout(batch.documents, batch.input_ids.device)
-        # Of four dimensions, so that no model makes one of its own; attention looks at documents.
-        attention_mask = attention_mask[:, None, None].expand(-1, 1, attention_mask.shape[1], -1)
-    hidden = _hidden(model, batch.input_ids, attention_mask, batch.position_ids, **layout)
+        layout = DocumentLayout(batch.documents, batch.input_ids.device)
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids, layout)
     return hidden.flatten(0, 1).index_select(0, batch.hidden_index)
 
 
@@ -43,33 +42,6 @@ def _head_inputs(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, We
     """What the head's product is taken of, for the batch's targets."""
     head: Any = model.get_output_embeddings()
     return head_inputs(head, target_hidden(model, batch))
-
-
-def _hidden(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    position_ids: Tensor,
-    **layout: Any,
-) -> Tensor:
-    """The decoder's last hidden states: (R, T, D)."""
-    decoder: Any = model.get_decoder()
-    if decoder is None or decoder is model:
-        raise ModelError(f"{type(model).__name__} has no decoder beneath its head")
-    places = getattr(model.config, "n_positions", None)  # GPT-2 and kin, which learn an embedding
-    if places is not None and input_ids.shape[-1] > places:
-        raise ModelError(
-            f"a row has {input_ids.shape[-1]} tokens and {type(model).__name__} {places} positions"
-            f": set the data's max_length to {places} or less"
-        )
-    output = decoder(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        **layout,
-    )
-    return output.last_hidden_state
 
 
 @torch.no_grad()
@@ -92,7 +64,7 @@ def check_head(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} has no head whose weight gives the logits: it cannot be trained")
     try:
         theirs = model(input_ids=ids, attention_mask=ones, use_cache=False).logits
-        hidden = _hidden(model, ids, ones, positions)
+        hidden = hidden_states(model, ids, ones, positions)
         handle = head_handle(head)
         ours = scaled_logits(model, F.linear(hidden, handle.weight, handle.bias))
     except (TypeError, ValueError) as error:
