@@ -22,6 +22,7 @@ from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
 from lit_align.modules.forward import check_head
 from lit_align.modules.referenced import Reference, ReferencedModule, check_reference
+from lit_align.modules.shared_prefix import enable_shared_prefix
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -105,6 +106,13 @@ class LoadedModule(ReferencedModule):
             if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
                 self._attach_reference_logps(self._reference_again)  # rows of another stage
             return
+        try:
+            self._configure()
+        except BaseException:  # half of it would pass for the whole when it is tried again
+            self.language_model = None
+            raise
+
+    def _configure(self) -> None:
         h: Any = self.hparams
         precision, dtype = self.trainer.precision, self.weight_dtype
         if h.stochastic_rounding and (dtype == torch.float32 or self.adapter is not None):
@@ -117,6 +125,9 @@ class LoadedModule(ReferencedModule):
         if h.delta:
             self.delta_checksum = Delta.load(h.delta).checksum
         check_head(self.model)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "layout", "padded") == "shared_prefix":
+            enable_shared_prefix(self.model)
         use_fast_products(self.model)
         self.mask = self._requested_mask()
         self.model.eval()
@@ -165,7 +176,13 @@ class LoadedModule(ReferencedModule):
             self.mask = None  # it said where adapters go
             return
         # Base values of a mask's entries are few; rows that come only after training need them.
-        keep_base = self.uses_reference and (self.mask is not None or h.reference == "swap")
+        swaps = self.uses_reference and h.reference == "swap"
+        keep_base = (self.uses_reference and self.mask is not None) or swaps
+        if swaps and self.mask is None and dtype == torch.float32:
+            raise TrainingError(
+                "reference: swap puts base values in place of what a mask or an adapter trains, and "
+                "this run trains the whole model: use reference: cache (or none)"
+            )
         if self.mask is None and dtype != torch.float32:
             # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.
             self.mask = ParameterMask.full(named_shapes(self.model))

@@ -60,7 +60,7 @@ def attach(
             bar = _progress(f"reference log-probs of {split}", subset.rows(split))
             computed, parts = compute(model, batches, subset.rows(split), precision, store, bar)
         known |= _exchange(store, computed, parts, wanted)
-    data.attach_reference_logps(split, _by_row(split, rows, digests, known))
+    data.attach_reference_logps(split, _by_row(rows, digests, known, store))
 
 
 @torch.no_grad()
@@ -154,16 +154,19 @@ def _read(store: ReferenceStore, names: Iterable[str], wanted: set[bytes]) -> Lo
 
 
 def _by_row(
-    split: str, rows: Sequence[Any], digests: Sequence[Sequence[bytes]], known: Logps
+    rows: Sequence[Any],
+    digests: Sequence[Sequence[bytes]],
+    known: Logps,
+    store: ReferenceStore | None,
 ) -> RowLogps:
+    where = store.folder if store else "memory"
     for row, of_row in zip(rows, digests, strict=True):
         for sequence, digest in zip(row.sequences, of_row, strict=True):
-            count, there = len(sequence.response_ids), known.get(digest)
-            if there is None or len(there) != count:
-                has = "none" if there is None else f"{len(there)}"
+            count, found = len(sequence.response_ids), len(known.get(digest, ()))
+            if found != count:
                 raise TrainingError(
-                    f"row {row.row_id} of {split} has {count} targets, and of their reference "
-                    f"log-probs {has} were found: remove the folder reference_cache"
+                    f"row {row.row_id} has {count} targets in one sequence, and reference log-probs "
+                    f"of {found} are in {where}: it is damaged; remove it"
                 )
     return [[known[digest] for digest in of_row] for of_row in digests]
 

@@ -107,6 +107,11 @@ class ReferenceStore:
                 self._check_key(path, metadata)
                 _check_shapes(path, file)
                 tensors = {n: file.get_tensor(n) for n in TENSORS}
+        except FileNotFoundError as error:
+            raise TrainingError(
+                f"{path} was there for another process and is not for this one: all ranks must see "
+                "the same folder as reference_cache, and nobody may clear it meanwhile"
+            ) from error
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, str(error)) from error
         _check_values(path, metadata, tensors)

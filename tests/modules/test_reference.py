@@ -77,7 +77,7 @@ def test_the_reference_of_a_deltad_start_includes_the_delta(tiny_llama_dir, mask
 
 
 def test_swap_needs_a_mask(tiny_llama_dir, tmp_path):
-    with pytest.raises(TrainingError, match="keep_base=True"):
+    with pytest.raises(TrainingError, match="trains the whole model"):
         fit(MaskedDPO(str(tiny_llama_dir), reference="swap"), preferences(4), tmp_path)
 
 

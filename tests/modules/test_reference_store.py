@@ -1,4 +1,4 @@
-"""Reference log-probs on disk: what is written is read; anything else is refused with its reason."""
+"""Reference log-probs on disk: what is written is read, anything else refused with its reason."""
 
 import json
 import shutil
@@ -80,12 +80,18 @@ def test_a_folder_that_is_a_file_is_said(tmp_path):
         ReferenceStore(tmp_path / "cache", KEY).names()
 
 
+def test_a_part_that_only_others_see_is_said(store):
+    store.names()
+    with pytest.raises(TrainingError, match="all ranks must see the same folder"):
+        store.read("of-another-rank.safetensors", {A})
+
+
 def test_a_full_disk_is_said(store, part, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reference_store, "write_atomically", full)
-    with pytest.raises(TrainingError, match="cannot be written: .*No space left"):
+    with pytest.raises(TrainingError, match=r"cannot be written: .*No space left"):
         store.write(LOGPS)
 
 
