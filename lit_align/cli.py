@@ -25,6 +25,7 @@ from lit_align.pipelines.commands import evaluate_files, export
 from lit_align.pipelines.generation import generate_answers
 from lit_align.pipelines.ila import ila
 from lit_align.pipelines.localize import localize
+from lit_align.pipelines.plan import plan
 from lit_align.pipelines.token_auc import token_weight_auc
 from lit_align.pipelines.workbench.command import mask_command
 
@@ -39,6 +40,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate_files,
     "token-auc": token_weight_auc,
     "export": export,
+    "plan": plan,
 }
 # Lists, flags and verbs of their own, which auto_cli does not take: these parse their words.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -60,6 +62,7 @@ USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them
   evaluate    accuracy of a model on a file: multiple_choice, exact_answer or preference
   token-auc   how well token weights find the words that people marked as wrong
   export      a checkpoint as a sparse delta, an adapter or a Hugging Face folder
+  plan        the memory of a training step by part, before anything is loaded
   bench       time the kernels on this device: bench [kernel ...], or --audit them without one
 """
 

@@ -81,6 +81,10 @@ OPTIONS = {
     "allo": grouped("output model merge_model", ALLO_GROUPS),
     "ila": grouped("output model", ILA_GROUPS),
     "alps": grouped("output model task_model heads", ALPS_GROUPS),
+    "plan": words(
+        "model method mask ratio adapter rank batch_size prompt_tokens response_tokens max_tokens "
+        "layout precision masters gradient_checkpointing reference strategy devices device as_json"
+    ),
     "token-auc": grouped("data output model chat_template", AUC_GROUPS),
     "localize": words(
         "model output method trained ratio granularity scope scores lowest heads heads.help seed"
@@ -117,7 +121,7 @@ MODULES = {
 DATA_OPTIONS = words(
     "train_file validation_file test_file predict_file format chat_template max_length truncation "
     "batch_size eval_batch_size max_rows validation_fraction on_bad_row output_dir num_workers "
-    "seed group_by_length streaming shuffle_buffer layout"
+    "seed group_by_length streaming shuffle_buffer layout max_tokens"
 )
 MASK = "runs/masked_dpo_tiny/mask.safetensors"
 
