@@ -9,12 +9,14 @@ from lit_align.data.dataloader import ResumableDataLoader, make_dataloader
 from lit_align.data.reading import ReadingDataModule, Split
 from lit_align.data.sampler import BatchSampler
 from lit_align.data.schema import PreferenceRow, SFTRow, UnlearningRow
+from lit_align.data.shared_prefix import packed_lengths
 from lit_align.data.streaming import StreamedRows
 from lit_align.data.streaming_loader import (
     StreamingLoader,
     check_number_of_steps,
     count_batch,
 )
+from lit_align.data.token_budget import TokenBudgetSampler
 from lit_align.data.tokenize import RowTokenizer, TrainOn
 from lit_align.errors import DataError
 
@@ -76,19 +78,23 @@ class TextDataModule(ReadingDataModule):
     ) -> ResumableDataLoader | StreamingLoader:
         """Batches of a split for this rank; see `BatchSampler` for how they are made up.
 
+        With `max_tokens` they are made up as `TokenBudgetSampler` says, whatever the batch size.
         Those of a stream are explained in `lit_align.data.streaming`.
         """
         if split in self._streams:
             return self._streaming_loader(split, batch_size, shuffle)
         rows = self.rows(split)
-        sampler = BatchSampler(
-            [row.num_tokens for row in rows],
-            batch_size,
-            shuffle=shuffle,
-            group_by_length=self.group_by_length if group_by_length is None else group_by_length,
-            seed=self.seed,
+        settings: dict[str, Any] = {
+            "shuffle": shuffle,
+            "group_by_length": self.group_by_length if group_by_length is None else group_by_length,
+            "seed": self.seed,
             **self._ranks(),
-        )
+        }
+        if self.max_tokens is None:
+            sampler = BatchSampler([row.num_tokens for row in rows], batch_size, **settings)
+        else:
+            lengths = packed_lengths(rows, self.max_tokens, split)
+            sampler = TokenBudgetSampler(lengths, self.max_tokens, **settings)
         return make_dataloader(rows, sampler, self._pad_id, self.num_workers, self.layout)
 
     def _streaming_loader(self, split: Split, batch_size: int, shuffle: bool) -> StreamingLoader:

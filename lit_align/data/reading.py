@@ -77,6 +77,7 @@ class ReadingDataModule(lightning.LightningDataModule):
         streaming: bool = False,
         shuffle_buffer: int = 1000,
         layout: Layout | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         """Rows are read in `setup`, or with `streaming` while they are trained on.
 
@@ -112,6 +113,8 @@ class ReadingDataModule(lightning.LightningDataModule):
             layout: of batches: `padded`, every sequence a row of its own; or `shared_prefix`, all
                 of a step's rows in one without padding, what a pair begins with computed once.
                 None: the data module's own (`default_layout`).
+            max_tokens: of the shared_prefix layout: fill each step up to so many tokens a rank, in
+                place of `batch_size` rows; about equally many on every rank.
         """
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -124,6 +127,12 @@ class ReadingDataModule(lightning.LightningDataModule):
             raise DataError(f"shuffle_buffer is {shuffle_buffer}: at least 0")
         if layout not in (None, "padded", "shared_prefix"):
             raise DataError(f"layout is {layout!r}: padded | shared_prefix")
+        self.layout: Layout = layout or self.default_layout
+        if max_tokens is not None and (self.layout == "padded" or streaming or max_tokens < 1):
+            raise DataError(
+                f"max_tokens {max_tokens} is for layout: shared_prefix of rows that are not "
+                "streamed; leave it out, and batch_size rows make up a step"
+            )
         if streaming and validation_fraction:
             raise DataError(
                 "validation_fraction splits rows that are all there, and streaming has never more "
@@ -151,7 +160,7 @@ class ReadingDataModule(lightning.LightningDataModule):
         self.group_by_length = group_by_length
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
-        self.layout: Layout = layout or self.default_layout
+        self.max_tokens = max_tokens
         self.bad_rows = BadRows()
         self._typed_rows: Mapping[Split, Sequence[Row]] = {}
         self._rows: dict[Split, list[TokenizedRow]] = {}

@@ -60,13 +60,18 @@ class BatchSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         skip, self._skip = self._skip, 0
-        for global_batch in self.global_batches()[skip:]:
-            mine = global_batch[self.rank :: self.num_replicas]
-            yield mine.tolist() if len(mine) else [~int(global_batch[0])]
+        yield from self.batches()[skip:]
 
     def skip_batches(self, count: int) -> None:
         """Leave the first batches out of the next epoch: a resumed run has seen them."""
         self._skip = count
+
+    def batches(self) -> list[list[int]]:
+        """This epoch's batches of this rank."""
+        return [
+            global_batch[self.rank :: self.num_replicas].tolist() or [~int(global_batch[0])]
+            for global_batch in self.global_batches()
+        ]
 
     def global_batches(self) -> list[np.ndarray]:
         """This epoch's batches of row indices, over all ranks."""

@@ -12,6 +12,7 @@ import torch
 from lit_align.batch import PackedBatch
 from lit_align.data.packing import collate, joined, reference_logps, weights
 from lit_align.data.schema import TokenizedRow, TokenizedSequence
+from lit_align.errors import DataError
 
 Layout: TypeAlias = Literal["padded", "shared_prefix"]
 
@@ -57,10 +58,25 @@ def pack(rows: Sequence[TokenizedRow]) -> PackedBatch:
     )
 
 
-def packed_length(row: TokenizedRow) -> int:
-    """Tokens of a row in this layout: the common prefix once, and every branch."""
-    prefix = _common_prefix(row.sequences)
-    return prefix + sum(sequence.num_tokens - 1 - prefix for sequence in row.sequences)
+def packed_lengths(rows: Sequence[TokenizedRow], max_tokens: int, split: str) -> list[int]:
+    """Tokens of each row in this layout: the common prefix once, and every branch.
+
+    Raises:
+        DataError: a row has more than max_tokens.
+    """
+    lengths = [_packed_length(row.sequences) for row in rows]
+    for row, length in zip(rows, lengths, strict=True):
+        if length > max_tokens:
+            raise DataError(
+                f"{split} row {row.row_id} has {length} tokens, what its sequences begin with "
+                f"counted once, and max_tokens is {max_tokens}: raise it, or lower max_length"
+            )
+    return lengths
+
+
+def _packed_length(sequences: Sequence[TokenizedSequence]) -> int:
+    prefix = _common_prefix(sequences)
+    return prefix + sum(sequence.num_tokens - 1 - prefix for sequence in sequences)
 
 
 class _Packed:
