@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from lit_align.errors import BenchmarkError
 from lit_align.pipelines.training_bench.job import Result
@@ -49,13 +50,13 @@ class Proof:
         if a is None or b is None or len(a) != len(b) or len(ours.losses) != len(theirs.losses):
             raise BenchmarkError(f"{ours.method} and {theirs.method} did not run on the same pairs")
         both = [(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
-        losses = zip(ours.losses, theirs.losses, strict=True)
+        losses = list(zip(ours.losses, theirs.losses, strict=True))
         return cls(
             against=theirs.method,
             pairs=len(a),
-            logps_difference=max(abs(x - y) / abs(y) for x, y in both),
+            logps_difference=_largest([abs(x - y) / abs(y) for x, y in both]),
             steps=len(ours.losses),
-            losses_difference=max(abs(x - y) for x, y in losses),
+            losses_difference=_largest([abs(x - y) for x, y in losses]),
             losses=ours.losses,
             other_losses=theirs.losses,
         )
@@ -75,3 +76,8 @@ class Proof:
             f"{self.logps_difference:.1e} (relative, at most {self.logps_limit:.0e}), losses of "
             f"{self.steps} steps by {self.losses_difference:.1e} (at most {self.losses_limit:.0e})"
         )
+
+
+def _largest(differences: list[float]) -> float:
+    """The largest, or NaN where there is one: `max` would pass over it."""
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
