@@ -246,9 +246,9 @@ def test_a_worker_that_fails_tells_why(tmp_path, monkeypatch):
     assert importlib.util.find_spec(f"{launch.WORKER}.__main__").origin == worker.__file__
     monkeypatch.setattr(launch, "WORKER", "json.tool")  # fails at once: what it gets is a folder
     job = Job("torch", "m", "p", 1, 2, 512, 1e-6, 1, "cpu")
-    with pytest.raises(BenchmarkError, match=r"torch failed with exit code 1(.|\n)*directory"):
+    with pytest.raises(BenchmarkError, match=r"torch failed with exit code \d(.|\n)*directory"):
         launch.launch(job, tmp_path)
-    assert "Traceback" in (tmp_path / "logs" / "worker.txt").read_text()
+    assert "directory" in (tmp_path / "logs" / "worker.txt").read_text()
 
 
 @pytest.mark.long
