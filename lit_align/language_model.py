@@ -207,7 +207,9 @@ def fingerprint(folder: str | Path) -> str:
     key = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     if key not in _fingerprints:
         digest = hashlib.sha256()
-        for entry in sorted((t for file in files for t in _tensors(file)), key=lambda t: t.name):
+        for entry in sorted(
+            (t for file in files for t in stored_tensors(file)), key=lambda t: t.name
+        ):
             digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
             _hash_range(digest, entry)
         _fingerprints[key] = digest.hexdigest()
@@ -236,7 +238,9 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-class _StoredTensor(NamedTuple):
+class StoredTensor(NamedTuple):
+    """Where a safetensors file holds a tensor."""
+
     name: str
     dtype: str
     shape: list[int]
@@ -245,8 +249,12 @@ class _StoredTensor(NamedTuple):
     end: int
 
 
-def _tensors(file: Path) -> Iterator[_StoredTensor]:
-    """The header of a safetensors file, checked against the file's size."""
+def stored_tensors(file: Path) -> Iterator[StoredTensor]:
+    """The header of a safetensors file, checked against the file's size.
+
+    Raises:
+        ModelError: the file is damaged or incomplete.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -259,12 +267,12 @@ def _tensors(file: Path) -> Iterator[_StoredTensor]:
             begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
             if not 8 + header_bytes <= begin <= end <= size:
                 raise ModelError(f"{file} is damaged or truncated: {name} does not fit in it")
-            yield _StoredTensor(name, entry["dtype"], entry["shape"], file, begin, end)
+            yield StoredTensor(name, entry["dtype"], entry["shape"], file, begin, end)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} is damaged: {error!r}") from error
 
 
-def _hash_range(digest: Any, tensor: _StoredTensor) -> None:
+def _hash_range(digest: Any, tensor: StoredTensor) -> None:
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.begin)
         left = tensor.end - tensor.begin

@@ -8,7 +8,7 @@ from lit_align.localizers.head_distance import (
     head_distance_scores,
 )
 from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_scores
-from lit_align.localizers.lazy import LazyScores
+from lit_align.localizers.lazy import ElementwiseScores, LazyScores
 from lit_align.localizers.weight_change import (
     check_cut,
     select_by_weight_change,
@@ -16,6 +16,7 @@ from lit_align.localizers.weight_change import (
 )
 
 __all__ = [
+    "ElementwiseScores",
     "HeadDistance",
     "LayerScores",
     "LazyScores",

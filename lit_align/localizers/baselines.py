@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_align.localizers.lazy import LazyScores
+from lit_align.localizers.lazy import ElementwiseScores, LazyScores
 from lit_align.masks import named_shapes
 
 
@@ -30,9 +30,13 @@ def random_scores(model_or_shapes: nn.Module | Mapping[str, Any], seed: int) -> 
     return LazyScores(shapes, compute)
 
 
-def magnitude_scores(model_or_parameters: nn.Module | Mapping[str, Tensor]) -> LazyScores:
+def magnitude_scores(model_or_parameters: nn.Module | Mapping[str, Tensor]) -> ElementwiseScores:
     """|θ| in fp32, of a model or of a mapping name -> parameter."""
     if isinstance(model_or_parameters, nn.Module):
         model_or_parameters = dict(model_or_parameters.named_parameters())
-    parameters = model_or_parameters
-    return LazyScores(parameters, lambda name: parameters[name].detach().float().abs())
+    parameters = {name: p.detach().reshape(-1) for name, p in model_or_parameters.items()}
+
+    def compute(name: str, start: int, stop: int) -> Tensor:
+        return parameters[name][start:stop].float().abs()
+
+    return ElementwiseScores(named_shapes(model_or_parameters), compute)

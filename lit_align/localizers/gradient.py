@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.errors import LocalizationError
-from lit_align.localizers.lazy import LazyScores
+from lit_align.localizers.lazy import ElementwiseScores
+from lit_align.masks import named_shapes
 
 
-def gradient_scores(model_or_grads: nn.Module | Mapping[str, Tensor]) -> LazyScores:
+def gradient_scores(model_or_grads: nn.Module | Mapping[str, Tensor]) -> ElementwiseScores:
     """|Σ grad|: the absolute value of the gradient accumulated over some batches, in fp32.
 
     At θ itself a DPO loss needs no reference model for it: the policy is the reference there.
@@ -24,15 +25,18 @@ def gradient_scores(model_or_grads: nn.Module | Mapping[str, Tensor]) -> LazySco
     Raises:
         LocalizationError: no parameter of the model has a gradient.
     """
-    if not isinstance(model_or_grads, nn.Module):
+    grads: Mapping[str, Tensor | None]
+    if isinstance(model_or_grads, nn.Module):
+        grads = {name: p.grad for name, p in model_or_grads.named_parameters()}
+        if all(grad is None for grad in grads.values()):
+            raise LocalizationError("no parameter has a gradient: run backward before scoring")
+    else:
         grads = model_or_grads
-        return LazyScores(grads, lambda name: grads[name].detach().float().abs())
-    parameters = dict(model_or_grads.named_parameters())
-    if all(parameter.grad is None for parameter in parameters.values()):
-        raise LocalizationError("no parameter has a gradient: run backward before scoring")
+    flat = {name: g.detach().reshape(-1) for name, g in grads.items() if g is not None}
 
-    def compute(name: str) -> Tensor:
-        grad = parameters[name].grad
-        return torch.zeros(parameters[name].shape) if grad is None else grad.float().abs()
+    def compute(name: str, start: int, stop: int) -> Tensor:
+        if name not in flat:
+            return torch.zeros(stop - start)
+        return flat[name][start:stop].float().abs()
 
-    return LazyScores(parameters, compute)
+    return ElementwiseScores(named_shapes(model_or_grads), compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_align.errors import LocalizationError, ModelError
-from lit_align.language_model import weight_files
+from lit_align.language_model import StoredTensor, stored_tensors, weight_files
 from lit_align.masks import named_shapes
 
 _FLOATS = {
@@ -28,13 +29,14 @@ class StoredParameters:
     Where the folder's keys and shapes are not the parameters' (transformers joins the experts of a
     mixture, adds a missing prefix, or a tied tensor was stored under its other name), the folder is
     loaded through transformers, which holds the converted model in memory as long as this object
-    lives; else nothing but the tensor that is read.
+    lives; else nothing but what is read.
 
     Args:
         folder: a Hugging Face folder, sharded or not.
         shapes: name -> shape of the model's parameters.
 
     Attributes:
+        shapes: name -> shape.
         dtypes: name -> dtype of the stored values.
 
     Raises:
@@ -44,32 +46,52 @@ class StoredParameters:
 
     def __init__(self, folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.folder = Path(folder)
-        self._files: dict[str, Path] = {}
+        self.shapes = dict(shapes)
+        self._stored: dict[str, StoredTensor] = {}
         self._open: dict[Path, Any] = {}
         self._loaded: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         stored = _inspect(self.folder)
-        if all(name in stored and stored[name][1] == shape for name, shape in shapes.items()):
-            for name in shapes:
-                self._files[name], _, dtype = stored[name]
-                if dtype not in _FLOATS:
-                    raise LocalizationError(
-                        f"{self.folder}: {name!r} is stored as {dtype}, not as floats"
-                    )
-                self.dtypes[name] = _FLOATS[dtype]
+        if all(n in stored and tuple(stored[n].shape) == shape for n, shape in shapes.items()):
+            self._stored = {name: _checked(stored[name]) for name in shapes}
+            self.dtypes = {name: _FLOATS[entry.dtype] for name, entry in self._stored.items()}
         else:
             self._loaded = _load_converted(self.folder, shapes)
             self.dtypes = {name: tensor.dtype for name, tensor in self._loaded.items()}
 
     def read(self, name: str) -> Tensor:
-        """One parameter in fp32, a copy that the caller may write to."""
+        """One parameter in fp32, a copy that the caller may write to.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        shape = self.shapes[name]
+        return self.part(name, 0, math.prod(shape)).reshape(shape)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat positions [start, stop) of one parameter in fp32, a copy as `read` gives it.
+
+        They are read, not mapped: what was mapped would count as this process's memory.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
         if name in self._loaded:
-            return self._loaded[name].to(torch.float32, copy=True)
+            return self._loaded[name].reshape(-1)[start:stop].to(torch.float32, copy=True)
+        entry, dtype = self._stored[name], self.dtypes[name]
+        values = torch.empty(stop - start, dtype=dtype)
+        begin = entry.begin + start * dtype.itemsize
+        buffer = memoryview(values.view(torch.uint8).numpy())
         try:
-            with safe_open(self._files[name], framework="pt") as file:
-                return file.get_tensor(name).to(torch.float32, copy=True)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self._files[name]}: cannot read {name!r}: {error}") from error
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(begin)
+                while buffer:
+                    if not (count := file.readinto(buffer)):
+                        raise ModelError(f"{entry.file}: {name!r} is cut off")
+                    buffer = buffer[count:]
+        except OSError as error:
+            raise ModelError(f"{entry.file}: cannot read {name!r}: {error}") from error
+        return values.to(torch.float32)
 
     def read_rows(self, name: str, start: int, count: int, axis: int = 0) -> Tensor:
         """Some rows of a parameter as they are stored, and nothing else of it; not to be written.
@@ -89,7 +111,7 @@ class StoredParameters:
         at = (rows,) if axis == 0 else (slice(None), rows)
         if name in self._loaded:
             return self._loaded[name][at]
-        path = self._files[name]
+        path = self._stored[name].file
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
@@ -146,7 +168,7 @@ def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
         ModelError: the folder has no safetensors, or a file is damaged.
     """
     found = _inspect(Path(folder))
-    return {name: found[name][1] for name in sorted(found, key=_by_number)}
+    return {name: tuple(found[name].shape) for name in sorted(found, key=_by_number)}
 
 
 def _by_number(name: str) -> list[tuple[bool, int, str]]:
@@ -154,18 +176,19 @@ def _by_number(name: str) -> list[tuple[bool, int, str]]:
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in name.split(".")]
 
 
-def _inspect(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """Key -> file, shape and dtype of every tensor, from the headers alone."""
-    stored = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    view: Any = file.get_slice(key)
-                    stored[key] = (path, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or truncated: {error}") from error
-    return stored
+def _inspect(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder, from the headers alone."""
+    return {entry.name: entry for path in weight_files(folder) for entry in stored_tensors(path)}
+
+
+def _checked(entry: StoredTensor) -> StoredTensor:
+    if entry.dtype not in _FLOATS:
+        raise LocalizationError(
+            f"{entry.file.parent}: {entry.name!r} is stored as {entry.dtype}, not as floats"
+        )
+    if entry.end - entry.begin != math.prod(entry.shape) * _FLOATS[entry.dtype].itemsize:
+        raise ModelError(f"{entry.file} is damaged: {entry.name!r} has not the size of its shape")
+    return entry
 
 
 def _load_converted(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ The paper divides |θ′ − θ| by the learning rate, which changes no ranking 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.errors import LocalizationError
-from lit_align.localizers.lazy import LazyScores
+from lit_align.localizers.lazy import ElementwiseScores
 from lit_align.localizers.stored import StoredParameters, parameter_shapes
 from lit_align.masks import ParameterMask, named_shapes, select
+from lit_align.masks.parts import PART
 
 Trained = nn.Module | Mapping[str, Tensor] | str | Path
 MAX_TIES = 0.05
 
 
-def weight_change_scores(base_dir: str | Path, trained: Trained) -> LazyScores:
-    """|θ′ − θ| in fp32, θ read from the base's safetensors tensor by tensor at every read.
+def weight_change_scores(base_dir: str | Path, trained: Trained) -> ElementwiseScores:
+    """|θ′ − θ| in fp32, θ read from the base's safetensors part by part at every read.
 
     Args:
         base_dir: Hugging Face folder of the base model θ, in any float precision; sharded or not.
@@ -35,19 +37,19 @@ def weight_change_scores(base_dir: str | Path, trained: Trained) -> LazyScores:
         LocalizationError: θ′ is not fp32, or the two have different parameters; names which.
         ModelError: a folder cannot be read.
     """
-    shapes, dtypes, read = _trained(trained)
-    for name, dtype in dtypes.items():
+    after = _opened(trained)
+    for name, dtype in after.dtypes.items():
         if dtype != torch.float32:
             raise LocalizationError(
                 f"weight change needs fp32 masters: {name!r} is {dtype}, which drops most updates "
                 "of usual size; train with precision 32-true or bf16-mixed"
             )
-    base = StoredParameters(base_dir, shapes)
+    before = StoredParameters(base_dir, after.shapes)
 
-    def compute(name: str) -> Tensor:
-        return base.read(name).sub_(read(name).cpu()).abs_()
+    def compute(name: str, start: int, stop: int) -> Tensor:
+        return before.part(name, start, stop).sub_(after.part(name, start, stop)).abs_()
 
-    return LazyScores(shapes, compute)
+    return ElementwiseScores(after.shapes, compute)
 
 
 def select_by_weight_change(
@@ -98,25 +100,38 @@ def check_cut(mask: ParameterMask, precision: Callable[[], str]) -> None:
         )
 
 
-def _trained(
-    trained: Trained,
-) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], Callable[[str], Tensor]]:
-    """Shapes and dtypes of θ′, and how to read one of its tensors."""
-    if isinstance(trained, str | Path):
-        shapes = parameter_shapes(trained)
-        stored = StoredParameters(trained, shapes)
-        return shapes, stored.dtypes, stored.read
-    if isinstance(trained, nn.Module):
-        trained = dict(trained.named_parameters())
-    parameters = {name: parameter.detach() for name, parameter in trained.items()}
-    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-    return named_shapes(parameters), dtypes, parameters.__getitem__
+class _InMemory:
+    """Parameters in memory, to be read as `StoredParameters` are."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.shapes = named_shapes(parameters)
+        self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        self._flat = {name: p.detach().reshape(-1) for name, p in parameters.items()}
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat positions [start, stop) of one parameter; not to be written."""
+        return self._flat[name][start:stop].cpu()
+
+
+def _opened(parameters: Trained) -> StoredParameters | _InMemory:
+    if isinstance(parameters, str | Path):
+        return StoredParameters(parameters, parameter_shapes(parameters))
+    if isinstance(parameters, nn.Module):
+        parameters = dict(parameters.named_parameters())
+    return _InMemory(parameters)
+
+
+def _all_parts(opened: StoredParameters | _InMemory) -> Iterator[Tensor]:
+    for name, shape in opened.shapes.items():
+        numel = math.prod(shape)
+        for start in range(0, numel, PART):
+            yield opened.part(name, start, min(start + PART, numel))
 
 
 def _precision(trained: Trained) -> str:
     """The precision that the values of θ′ really have, whatever tensors hold them."""
-    _, dtypes, read = _trained(trained)
+    opened = _opened(trained)
     for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(read(name), read(name).to(dtype).float()) for name in dtypes):
+        if all(torch.equal(part, part.to(dtype).float()) for part in _all_parts(opened)):
             return f"torch.float32 tensors whose values all fit {dtype}; was it trained in that?"
     return "torch.float32"

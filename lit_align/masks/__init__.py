@@ -4,6 +4,7 @@ from lit_align.masks.granularity import Selection
 from lit_align.masks.heads import HeadLayout
 from lit_align.masks.metadata import MaskMetadata
 from lit_align.masks.parameter_mask import ParameterMask, named_shapes
+from lit_align.masks.parts import PartialScores
 from lit_align.masks.select import select
 from lit_align.masks.units import conv1d_row_axes
 
@@ -11,6 +12,7 @@ __all__ = [
     "HeadLayout",
     "MaskMetadata",
     "ParameterMask",
+    "PartialScores",
     "Selection",
     "conv1d_row_axes",
     "named_shapes",

@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 Bitmap = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
 
-_ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(
-    1, dtype=np.uint8
+_ONES_IN_TWO_BYTES = (
+    np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8))
+    .reshape(-1, 16)
+    .sum(1, dtype=np.uint8)
 )
 
 
@@ -30,7 +32,14 @@ def unpack(bitmap: Bitmap, numel: int) -> Flags:
 
 def popcount(bitmap: Bitmap) -> int:
     """How many bits are set."""
-    return int(_ONES_IN_BYTE[bitmap].sum(dtype=np.int64))
+    even = len(bitmap) // 2 * 2
+    ones = _ONES_IN_TWO_BYTES.take(np.ascontiguousarray(bitmap[:even]).view(np.uint16))
+    return int(ones.sum(dtype=np.int64)) + sum(map(int.bit_count, bitmap[even:].tolist()))
+
+
+def set_bits(bitmap: Bitmap, positions: NDArray[np.intp]) -> None:
+    """Set, in place, the bits at these flat positions."""
+    np.bitwise_or.at(bitmap, positions >> 3, np.uint8(1) << (positions & 7).astype(np.uint8))
 
 
 def clear_tail(bitmap: Bitmap, numel: int) -> Bitmap:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lit_align.errors import MaskError
 from lit_align.masks.granularity import Selection
 from lit_align.masks.parameter_mask import named_shapes
+from lit_align.masks.parts import OpenScores
 from lit_align.masks.projections import Block, HeadCounts, find_blocks
 from lit_align.masks.table import split_name
 from lit_align.masks.units import row_sums
@@ -143,11 +144,11 @@ def reduce_to_heads(scores: Mapping[str, Tensor], layout: HeadLayout) -> HeadSco
     axes = {p.name: p.axis for projections in layout.blocks for p in projections}
     shapes, sums, lengths = {}, {}, {}
     for name in scores:
-        tensor = scores[name]
-        shapes[name] = tuple(tensor.shape)
+        opened = OpenScores(scores, name)
+        shapes[name] = opened.shape
         if name in axes:
-            sums[name] = row_sums(name, tensor, axes[name])
-            lengths[name] = tensor.shape[1 - axes[name]]
+            sums[name] = row_sums(opened, axes[name])
+            lengths[name] = opened.shape[1 - axes[name]]
     for name in axes:
         if name not in sums:
             raise MaskError(f"the scores lack {name!r}, which holds attention heads")

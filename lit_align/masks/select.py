@@ -14,6 +14,7 @@ from lit_align.masks.granularity import Selection
 from lit_align.masks.heads import HeadLayout, HeadScores, reduce_to_heads
 from lit_align.masks.metadata import MaskMetadata
 from lit_align.masks.parameter_mask import ParameterMask
+from lit_align.masks.parts import OneOf, PartialScores
 from lit_align.masks.topk import Threshold, top_k
 from lit_align.masks.units import UnitScores, reduce_to_units
 
@@ -43,7 +44,8 @@ def select(
 
     Args:
         scores: parameter name -> float tensor of the parameter's shape, larger = more important.
-            Any mapping: it is read a few times, one tensor at a time, and may compute on reading.
+            Any mapping: it is read a few times, one tensor at a time, and may compute on reading;
+            `PartialScores` are read a part of a tensor at a time.
         ratio: share of the units to select, in (0, 1]. Elements: round(ratio · total), at least 1;
             rows, heads and layers: ceil(ratio · units).
         scope: `global` ranks all units together, `per_parameter` inside each parameter (heads:
@@ -111,11 +113,16 @@ def rank(
         return selections, {"": cut}
     selections, cuts = {}, {}
     for name in scores:
-        tensor = scores[name]
-        if tensor.numel() == 0:
-            selections[name] = Selection.none(tensor.shape)
+        if isinstance(scores, PartialScores):
+            one: Mapping[str, Tensor] = OneOf(scores, name)
+            shape = scores.shape(name)
+        else:
+            one = {name: scores[name]}
+            shape = tuple(one[name].shape)
+        if math.prod(shape) == 0:
+            selections[name] = Selection.none(shape)
             continue
-        chosen, cuts[name] = top_k({name: tensor}, k_of_total)
+        chosen, cuts[name] = top_k(one, k_of_total)
         selections |= chosen
     if not cuts:
         raise LocalizationError("there are no scores to select from")

@@ -1,16 +1,18 @@
-"""Exact top-k over many tensors, one at a time: radix select on order-preserving integer keys.
+"""Exact top-k over many tensors, a part at a time: radix select on order-preserving integer keys.
 
 A float's bits, read as an unsigned integer after flipping the sign bit of positive numbers and all
-bits of negative ones, are ordered as the floats are. So the k-th largest score is found by
-histograms of 16 bits a pass (two passes for fp32, four for fp64), without sorting or holding more
-than a chunk of keys. Equal scores are taken in the order of the mapping, then of the position.
+bits of negative ones, are ordered as the floats are. A histogram of the keys' first 16 bits says in
+which bin the k-th largest score is; a second pass marks what lies above that bin and keeps the keys
+inside it, which are few, to be ranked at once. Where they are many (equal scores), the bin is
+divided by a histogram of the next 16 bits first. Nothing is sorted, and nothing but a part of the
+keys and that bin is held. Equal scores are taken in the order of the mapping, then of the position.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor
 from lit_align.errors import LocalizationError
 from lit_align.masks import bitmap as bits
 from lit_align.masks.granularity import Selection
+from lit_align.masks.parts import OpenScores
 
-CHUNK = 2**19  # entries; a multiple of 8, so that chunks end on a byte of the bitmap
+Keys = NDArray[np.unsignedinteger]
+MAX_KEPT = 2**23  # keys of one bin that are kept for ranking, 12 or 16 bytes each
 _DIGIT_BITS = 16
 _DIGITS = 2**_DIGIT_BITS
 _CHANGED = "the scores changed between two reads of them"
@@ -71,39 +75,58 @@ def top_k(
 ) -> tuple[dict[str, Selection], Threshold]:
     """The `k_of_total(number of scores)` largest scores, as one selection a tensor.
 
-    `scores` is read three times (five times for fp64), one tensor at a time.
+    `scores` is read twice, more often where very many lie about the threshold (three times for
+    fp32, five for fp64); `PartialScores` part by part, others one tensor at a time.
 
     Raises:
         LocalizationError: a score is NaN, not a float, or differs between two reads; no scores.
     """
-    threshold = _find_threshold(scores, k_of_total, torch.float32)
-    remaining = threshold.equals_taken
-    selections = {}
+    cut = _find_bin(scores, k_of_total, torch.float32)
+    marked: dict[str, _Marked] = {}
+    left = cut.wanted
     for name in scores:
-        selections[name], taken = _mark(name, scores[name], threshold, remaining)
-        remaining -= taken
-    if sum(selection.count() for selection in selections.values()) != threshold.k:
+        marked[name] = _mark(OpenScores(scores, name), cut, left)
+        left -= marked[name].equals_taken
+    counts = [(part.above, part.inside) for part in marked.values()]
+    if tuple(map(sum, zip(*counts, strict=True))) != (cut.above, cut.inside):
         raise LocalizationError(_CHANGED)
-    return selections, threshold
+    threshold = _rank_inside(list(marked.values()), cut)
+    return {name: part.selection() for name, part in marked.items()}, threshold
 
 
-def _find_threshold(
+@dataclasses.dataclass(frozen=True)
+class _Bin:
+    """Where the k-th largest key is: among those whose bits from `shift` on are `prefix`."""
+
+    prefix: int
+    shift: int
+    dtype: torch.dtype
+    k: int
+    above: int  # keys above the bin
+    inside: int  # keys in it
+
+    @property
+    def wanted(self) -> int:
+        """How many of the keys inside are taken."""
+        return self.k - self.above
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Its lowest and its highest key."""
+        return self.prefix << self.shift, (self.prefix + 1 << self.shift) - 1
+
+
+def _find_bin(
     scores: Mapping[str, Tensor], k_of_total: Callable[[int], int], dtype: torch.dtype
-) -> Threshold:
-    width = 8 * _NUM_BYTES[dtype]
-    k = prefix = above = equal = 0
-    for shift in range(width - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        first = shift == width - _DIGIT_BITS
-        histogram = np.zeros(_DIGITS, np.int64)
-        for name in scores:
-            tensor = scores[name]
-            if tensor.dtype == torch.float64 and dtype != torch.float64:
-                return _find_threshold(scores, k_of_total, torch.float64)
-            for _, keys in _chunks(name, tensor, dtype):
-                if not first:
-                    keys = keys[keys >> (shift + _DIGIT_BITS) == prefix]
-                digits = (keys >> shift) & (_DIGITS - 1)
-                histogram += np.bincount(digits.astype(np.intp), minlength=_DIGITS)
+) -> _Bin:
+    k = prefix = above = 0
+    inside = MAX_KEPT + 1
+    shift = width = 8 * _NUM_BYTES[dtype]
+    while shift and inside > MAX_KEPT:
+        first, shift = shift == width, shift - _DIGIT_BITS
+        histogram = _histogram(scores, dtype, None if first else prefix, shift)
+        if histogram is None:
+            return _find_bin(scores, k_of_total, torch.float64)
         if first:
             k = _checked_k(k_of_total, int(histogram.sum()))
         from_top = np.cumsum(histogram[::-1])
@@ -111,10 +134,30 @@ def _find_threshold(
         if place == _DIGITS:
             raise LocalizationError(_CHANGED)
         digit = _DIGITS - 1 - place
-        equal = int(histogram[digit])
-        above += int(from_top[place]) - equal
+        inside = int(histogram[digit])
+        above += int(from_top[place]) - inside
         prefix = prefix << _DIGIT_BITS | digit
-    return Threshold(prefix, dtype, k, above, equal)
+    return _Bin(prefix, shift, dtype, k, above, inside)
+
+
+def _histogram(
+    scores: Mapping[str, Tensor], dtype: torch.dtype, prefix: int | None, shift: int
+) -> NDArray[np.int64] | None:
+    """How often each digit (the 16 bits from `shift` on) comes after `prefix`.
+
+    None where a score is fp64 and `dtype` is not.
+    """
+    histogram = np.zeros(_DIGITS, np.int64)
+    for name in scores:
+        for _, part in OpenScores(scores, name).parts():
+            if part.dtype == torch.float64 and dtype != torch.float64:
+                return None
+            keys = _keys(name, part, dtype)
+            if prefix is not None:
+                keys = keys[keys >> (shift + _DIGIT_BITS) == prefix]
+            digits = ((keys >> shift) & (_DIGITS - 1)).view(f"i{keys.itemsize}")
+            histogram += torch.bincount(torch.from_numpy(digits), minlength=_DIGITS).numpy()
+    return histogram
 
 
 def _checked_k(k_of_total: Callable[[int], int], total: int) -> int:
@@ -123,40 +166,79 @@ def _checked_k(k_of_total: Callable[[int], int], total: int) -> int:
     return k_of_total(total)
 
 
-def _mark(
-    name: str, tensor: Tensor, threshold: Threshold, equals_wanted: int
-) -> tuple[Selection, int]:
-    """The selection of one tensor, and how many of the scores at the threshold it used up."""
-    bitmap = np.zeros(bits.num_bytes(tensor.numel()), np.uint8)
-    taken = 0
-    for start, keys in _chunks(name, tensor, threshold.dtype):
-        chosen = keys > threshold.key
-        if taken < equals_wanted:
-            equals = np.flatnonzero(keys == threshold.key)[: equals_wanted - taken]
+@dataclasses.dataclass
+class _Marked:
+    """One tensor: what lies above a bin is marked in the bitmap, what lies inside is kept.
+
+    Of a bin of one key alone nothing is kept: the first of those equals are marked at once.
+    """
+
+    shape: tuple[int, ...]
+    bitmap: bits.Bitmap
+    above: int = 0
+    inside: int = 0
+    equals_taken: int = 0
+    positions: list[NDArray[np.intp]] = dataclasses.field(default_factory=list)
+    keys: list[Keys] = dataclasses.field(default_factory=list)
+
+    def selection(self) -> Selection:
+        """Of what is marked."""
+        return Selection.of_bitmap(self.shape, torch.from_numpy(self.bitmap))
+
+
+def _mark(scores: OpenScores, cut: _Bin, equals_wanted: int) -> _Marked:
+    marked = _Marked(scores.shape, np.zeros(bits.num_bytes(scores.numel), np.uint8))
+    lowest, highest = cut.bounds
+    for start, part in scores.parts():
+        keys = _keys(scores.name, part, cut.dtype)
+        above, inside = keys > highest, keys >= lowest
+        inside ^= above
+        places = np.flatnonzero(inside)
+        marked.above += np.count_nonzero(above)
+        marked.inside += len(places)
+        if cut.shift == 0:
+            first = places[: equals_wanted - marked.equals_taken]
+            above[first] = True
+            marked.equals_taken += len(first)
+        elif len(places):
+            marked.positions.append(places + start)
+            marked.keys.append(keys[places])
+        packed = bits.pack(above)
+        marked.bitmap[start // 8 : start // 8 + len(packed)] = packed
+    return marked
+
+
+def _rank_inside(marked: list[_Marked], cut: _Bin) -> Threshold:
+    """Mark the largest of the keys that were kept; the threshold."""
+    if cut.shift == 0:
+        return Threshold(cut.prefix, cut.dtype, cut.k, cut.above, cut.inside)
+    keys = np.concatenate([keys for part in marked for keys in part.keys])
+    place = len(keys) - cut.wanted
+    key = np.partition(keys, place)[place]
+    above = int(np.count_nonzero(keys > key))
+    left = cut.wanted - above
+    for part in marked:
+        for positions, keys_of_part in zip(part.positions, part.keys, strict=True):
+            chosen = keys_of_part > key
+            equals = np.flatnonzero(keys_of_part == key)[:left]
             chosen[equals] = True
-            taken += len(equals)
-        packed = bits.pack(chosen)
-        bitmap[start // 8 : start // 8 + len(packed)] = packed
-    return Selection.of_bitmap(tensor.shape, torch.from_numpy(bitmap)), taken
+            left -= len(equals)
+            bits.set_bits(part.bitmap, positions[chosen])
+    equal = int(np.count_nonzero(keys == key))
+    return Threshold(int(key), cut.dtype, cut.k, cut.above + above, equal)
 
 
-def _chunks(
-    name: str, tensor: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[int, NDArray[np.unsignedinteger]]]:
-    """(flat start, keys) of one tensor, `CHUNK` entries at a time."""
-    if not tensor.is_floating_point():
-        raise LocalizationError(f"the scores of {name!r} are {tensor.dtype}, not floats")
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        values = flat[start : start + CHUNK].to("cpu", dtype).numpy()
-        if np.isnan(values).any():
-            raise LocalizationError(f"the scores of {name!r} contain NaN")
-        yield start, _keys(values)
-
-
-def _keys(values: np.ndarray) -> NDArray[np.unsignedinteger]:
+def _keys(name: str, part: Tensor, dtype: torch.dtype) -> Keys:
+    """Unsigned integers in the order of the scores."""
+    values = part.to(dtype).numpy()
+    if np.isnan(values).any():
+        raise LocalizationError(f"the scores of {name!r} contain NaN")
     width = values.itemsize * 8
-    signed = (values + 0.0).view(f"i{values.itemsize}")  # + 0.0 makes -0.0 equal to 0.0
+    signed = values.view(f"i{values.itemsize}")
     unsigned = signed.view(f"u{values.itemsize}")
+    sign = unsigned.dtype.type(1 << (width - 1))
+    if signed.min(initial=0) >= 0:  # as all localizers' scores are: the sign bit is nowhere set
+        return unsigned | sign
+    signed = (values + 0.0).view(signed.dtype)  # makes -0.0 equal to 0.0
     negative = (signed >> (width - 1)).view(unsigned.dtype)  # all ones for negative numbers
-    return unsigned ^ (negative | unsigned.dtype.type(1 << (width - 1)))
+    return signed.view(unsigned.dtype) ^ (negative | sign)

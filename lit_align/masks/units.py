@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_align.errors import LocalizationError
 from lit_align.masks.granularity import Selection, num_rows
-from lit_align.masks.topk import CHUNK
+from lit_align.masks.parts import PART, OpenScores
 
 Unit = Literal["row", "parameter"]
 
@@ -48,38 +48,38 @@ class UnitScores:
 def reduce_to_units(
     scores: Mapping[str, Tensor], unit: Unit, axes: Mapping[str, int]
 ) -> UnitScores:
-    """Mean scores of rows or of whole parameters, reading each tensor of `scores` once."""
+    """Mean scores of rows or of whole parameters, reading `scores` once."""
     means, shapes = {}, {}
     for name in scores:
-        tensor = scores[name]
-        shapes[name] = tuple(tensor.shape)
-        sums = row_sums(name, tensor, axes.get(name, 0))
+        opened = OpenScores(scores, name)
+        shapes[name], numel = opened.shape, opened.numel
+        sums = row_sums(opened, axes.get(name, 0))
         if unit == "row":
-            means[name] = sums / max(tensor.numel() // max(sums.numel(), 1), 1)
+            means[name] = sums / max(numel // max(sums.numel(), 1), 1)
         else:
-            means[name] = sums.sum().reshape(1) / tensor.numel() if tensor.numel() else sums[:0]
+            means[name] = sums.sum().reshape(1) / numel if numel else sums[:0]
     return UnitScores(unit, means, shapes, axes)
 
 
-def row_sums(name: str, tensor: Tensor, axis: int) -> Tensor:
+def row_sums(scores: OpenScores, axis: int) -> Tensor:
     """Sum of every row of a parameter's scores, (rows,) fp64; an element of a 1-D one is a row.
 
     Raises:
         LocalizationError: the scores are not floats, contain NaN, or have no rows along `axis`.
     """
-    if not tensor.is_floating_point():
-        raise LocalizationError(f"the scores of {name!r} are {tensor.dtype}, not floats")
-    if axis not in (0, 1) or (axis == 1 and tensor.ndim != 2):
-        raise LocalizationError(f"{name!r} of shape {tuple(tensor.shape)} has no axis {axis}")
-    matrix = tensor.detach().reshape(-1, 1 if tensor.ndim < 2 else tensor.shape[-1])
-    sums = torch.zeros(num_rows(tuple(matrix.shape), axis), dtype=torch.float64)
-    step = max(1, CHUNK // max(matrix.shape[1], 1))  # the fp64 copy of a whole tensor is large
-    for start in range(0, matrix.shape[0], step):
-        part = matrix[start : start + step].to("cpu", torch.float64)
+    name, shape = scores.name, scores.shape
+    if axis not in (0, 1) or (axis == 1 and len(shape) != 2):
+        raise LocalizationError(f"{name!r} of shape {shape} has no axis {axis}")
+    matrix_shape = shape if len(shape) > 1 else (scores.numel, 1)
+    width = matrix_shape[-1]
+    sums = torch.zeros(num_rows(matrix_shape, axis), dtype=torch.float64)
+    for start, part in scores.parts(max(1, PART // max(width, 1)) * width):
+        matrix = part.reshape(-1, width)
         if axis == 1:
-            sums += part.sum(0)
+            sums += matrix.sum(0, dtype=torch.float64)
         else:
-            sums[start : start + step] = part.sum(1)
+            first = start // width
+            sums[first : first + len(matrix)] = matrix.sum(1, dtype=torch.float64)
     if sums.isnan().any():
         raise LocalizationError(f"the scores of {name!r} contain NaN")
     return sums
