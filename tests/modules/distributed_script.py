@@ -72,6 +72,8 @@ def run(objective: str, model: str, mask: str, out: str, world_size: int) -> Non
         given = KeyParameterLocalization(mask=mask)
     else:
         given = KeyParameterLocalization("gradient", num_batches=3)
+    if objective == "dpo":  # of rows that come with `predict` as well
+        settings = settings | {"reference_cache": str(folder / "cache")}
     log = MemoryLogger()
     trained = trainer(
         folder, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=2,

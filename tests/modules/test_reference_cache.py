@@ -179,7 +179,7 @@ def test_a_crafted_length_is_refused_with_its_row(model, store):
     sequence = data.rows("train")[7].sequences[1]
     digest = reference_logps.sequence_digest(sequence.prompt_ids, sequence.response_ids)
     store.write(found | {digest: np.append(found[digest], -1.0)})
-    with pytest.raises(TrainingError, match="row 7 has .* in one sequence"):
+    with pytest.raises(TrainingError, match=r"row 7 has .* in one sequence"):
         attached(data, model, store)
 
 
