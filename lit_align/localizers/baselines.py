@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.localizers.lazy import ElementwiseScores, LazyScores
+from lit_align.localizers.stored import Parameters, open_parameters
 from lit_align.masks import named_shapes
 
 
@@ -30,13 +31,7 @@ def random_scores(model_or_shapes: nn.Module | Mapping[str, Any], seed: int) -> 
     return LazyScores(shapes, compute)
 
 
-def magnitude_scores(model_or_parameters: nn.Module | Mapping[str, Tensor]) -> ElementwiseScores:
-    """|θ| in fp32, of a model or of a mapping name -> parameter."""
-    if isinstance(model_or_parameters, nn.Module):
-        model_or_parameters = dict(model_or_parameters.named_parameters())
-    parameters = {name: p.detach().reshape(-1) for name, p in model_or_parameters.items()}
-
-    def compute(name: str, start: int, stop: int) -> Tensor:
-        return parameters[name][start:stop].float().abs()
-
-    return ElementwiseScores(named_shapes(model_or_parameters), compute)
+def magnitude_scores(parameters: Parameters) -> ElementwiseScores:
+    """|θ| in fp32, of a model, of a mapping name -> parameter, or of a model folder."""
+    opened = open_parameters(parameters)
+    return ElementwiseScores(opened.shapes, lambda *part: opened.part(*part).abs())

@@ -1,4 +1,4 @@
-"""Parameters of a model folder, read from its safetensors one tensor at a time."""
+"""Parameters of a model folder, read from its safetensors a part of a tensor at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_align.errors import LocalizationError, ModelError
 from lit_align.language_model import StoredTensor, stored_tensors, weight_files
@@ -118,6 +118,42 @@ class StoredParameters:
             return self._open[path].get_slice(name)[at]
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: cannot read {name!r}: {error}") from error
+
+
+class ParametersInMemory:
+    """Parameters to be read as `StoredParameters` are.
+
+    Attributes:
+        shapes: name -> shape.
+        dtypes: name -> dtype.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.shapes = named_shapes(parameters)
+        self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        self._flat = {name: p.detach().reshape(-1) for name, p in parameters.items()}
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat positions [start, stop) of one parameter in fp32, on the CPU; not to be written."""
+        return self._flat[name][start:stop].to("cpu", torch.float32)
+
+
+Parameters = nn.Module | Mapping[str, Tensor] | str | Path
+OpenParameters = StoredParameters | ParametersInMemory
+
+
+def open_parameters(parameters: Parameters) -> OpenParameters:
+    """The parameters of a model, of a mapping name -> parameter, or of a model folder.
+
+    Raises:
+        ModelError: the folder cannot be read.
+        LocalizationError: its weights are not stored as floats.
+    """
+    if isinstance(parameters, str | Path):
+        return StoredParameters(parameters, parameter_shapes(parameters))
+    if isinstance(parameters, nn.Module):
+        parameters = dict(parameters.named_parameters())
+    return ParametersInMemory(parameters)
 
 
 def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

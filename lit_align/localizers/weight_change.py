@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_align.errors import LocalizationError
 from lit_align.localizers.lazy import ElementwiseScores
-from lit_align.localizers.stored import StoredParameters, parameter_shapes
-from lit_align.masks import ParameterMask, named_shapes, select
+from lit_align.localizers.stored import (
+    OpenParameters,
+    Parameters,
+    StoredParameters,
+    open_parameters,
+)
+from lit_align.masks import ParameterMask, select
 from lit_align.masks.parts import PART
 
-Trained = nn.Module | Mapping[str, Tensor] | str | Path
 MAX_TIES = 0.05
 
 
-def weight_change_scores(base_dir: str | Path, trained: Trained) -> ElementwiseScores:
+def weight_change_scores(base_dir: str | Path, trained: Parameters) -> ElementwiseScores:
     """|θ′ − θ| in fp32, θ read from the base's safetensors part by part at every read.
 
     Args:
@@ -37,7 +41,7 @@ def weight_change_scores(base_dir: str | Path, trained: Trained) -> ElementwiseS
         LocalizationError: θ′ is not fp32, or the two have different parameters; names which.
         ModelError: a folder cannot be read.
     """
-    after = _opened(trained)
+    after = open_parameters(trained)
     for name, dtype in after.dtypes.items():
         if dtype != torch.float32:
             raise LocalizationError(
@@ -53,7 +57,7 @@ def weight_change_scores(base_dir: str | Path, trained: Trained) -> ElementwiseS
 
 
 def select_by_weight_change(
-    base_dir: str | Path, trained: Trained, ratio: float, **select_arguments: Any
+    base_dir: str | Path, trained: Parameters, ratio: float, **select_arguments: Any
 ) -> ParameterMask:
     """The entries that training moved most: `weight_change_scores`, `select`, `check_cut`.
 
@@ -100,37 +104,16 @@ def check_cut(mask: ParameterMask, precision: Callable[[], str]) -> None:
         )
 
 
-class _InMemory:
-    """Parameters in memory, to be read as `StoredParameters` are."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self.shapes = named_shapes(parameters)
-        self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        self._flat = {name: p.detach().reshape(-1) for name, p in parameters.items()}
-
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Flat positions [start, stop) of one parameter; not to be written."""
-        return self._flat[name][start:stop].cpu()
-
-
-def _opened(parameters: Trained) -> StoredParameters | _InMemory:
-    if isinstance(parameters, str | Path):
-        return StoredParameters(parameters, parameter_shapes(parameters))
-    if isinstance(parameters, nn.Module):
-        parameters = dict(parameters.named_parameters())
-    return _InMemory(parameters)
-
-
-def _all_parts(opened: StoredParameters | _InMemory) -> Iterator[Tensor]:
+def _all_parts(opened: OpenParameters) -> Iterator[Tensor]:
     for name, shape in opened.shapes.items():
         numel = math.prod(shape)
         for start in range(0, numel, PART):
             yield opened.part(name, start, min(start + PART, numel))
 
 
-def _precision(trained: Trained) -> str:
+def _precision(trained: Parameters) -> str:
     """The precision that the values of θ′ really have, whatever tensors hold them."""
-    opened = _opened(trained)
+    opened = open_parameters(trained)
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(part, part.to(dtype).float()) for part in _all_parts(opened)):
             return f"torch.float32 tensors whose values all fit {dtype}; was it trained in that?"

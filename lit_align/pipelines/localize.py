@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias
 
 from lit_align.errors import LocalizationError
-from lit_align.language_model import fingerprint, load_language_model, resolve_model
+from lit_align.language_model import fingerprint, resolve_model
 from lit_align.localizers import (
     HeadDistance,
     head_distance_mask,
@@ -14,7 +14,7 @@ from lit_align.localizers import (
     select_by_weight_change,
 )
 from lit_align.localizers.layer_gate import layer_gate_mask, read_scores
-from lit_align.localizers.stored import parameter_shapes
+from lit_align.localizers.stored import meta_model, parameter_shapes
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
 
@@ -97,16 +97,16 @@ def _select_units(
     scope: Scope,
     seed: int,
 ) -> ParameterMask:
-    base, _ = load_language_model(model)
+    folder = resolve_model(model)
+    base = meta_model(folder)
     settings: dict[str, Any] = {
         "scope": scope,
         "granularity": granularity,
         "row_axes": conv1d_row_axes(base),
         "heads": HeadLayout.from_model(base) if granularity == "head" else None,
-        "base_fingerprint": base.base_fingerprint,
+        "base_fingerprint": fingerprint(folder),
     }
     if method == "weight_change":
-        folder = resolve_model(str(trained))
-        return select_by_weight_change(resolve_model(model), folder, ratio, **settings)
-    scores = random_scores(base, seed) if method == "random" else magnitude_scores(base)
+        return select_by_weight_change(folder, resolve_model(str(trained)), ratio, **settings)
+    scores = random_scores(base, seed) if method == "random" else magnitude_scores(folder)
     return select(scores, ratio, method=method, **settings)
