@@ -89,6 +89,13 @@ class Record:
         text = json.dumps(document, indent=1) + "\n"
         write_atomically(self.plan.output / JSON_FILE, text.encode())
 
+    @property
+    def timed_tokens(self) -> list[int]:
+        """Real tokens of each pair of the timed steps."""
+        settings = self.plan.settings
+        first = settings.warmup_steps * settings.pairs_per_step
+        return self.pair_tokens[first : first + settings.steps * settings.pairs_per_step]
+
     def summaries(self) -> list[Summary]:
         """Of the methods measured so far, in the order of `METHODS`."""
         found = {result.method for _, result in self.measurements}
@@ -104,7 +111,7 @@ class Record:
         settings = self.plan.settings
         skipped, size = settings.warmup_steps, settings.pairs_per_step
         pairs = settings.steps * size
-        tokens = sum(self.pair_tokens[skipped * size : skipped * size + pairs])
+        tokens = sum(self.timed_tokens)
         seconds = [sum(r.step_seconds[skipped:]) for r in results]
         all_pairs = pairs + skipped * size
         reference = [

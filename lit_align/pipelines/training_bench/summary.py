@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from lit_align.pipelines.training_bench.methods import METHODS
@@ -16,19 +17,21 @@ def table(record: Record) -> Table:
     base = record.baseline()
     rows = [_row(summary, base) for summary in record.summaries()]
     settings = record.plan.settings
+    mean_tokens = statistics.fmean(record.timed_tokens)
     note = (
         f"{device_name(settings.device)}, {settings.threads} threads, "
         f"{settings.pairs_per_step} pairs a step, max_length {settings.max_length}, fp32; medians "
         f"of {settings.rounds} runs in turns, {settings.steps} steps each after "
         f"{settings.warmup_steps}. Tokens: prompt + chosen and prompt + rejected of each pair. "
-        "With ref.: the reference's pass before training counted once. Above: without the imports."
+        f"A timed pair has {mean_tokens:,.0f} of them in the mean. With ref.: the reference's pass "
+        "before training counted once. Above: without the imports."
     )
     return Table.from_records("DPO on the same pairs", rows, note)
 
 
 def _row(summary: Summary, base: Summary | None) -> dict[str, Any]:
     over = "" if base is None else f"x {base.method}"
-    ratios = (None, None)
+    ratios: tuple[float | None, float | None] = (None, None)
     if base is not None:
         ratios = (summary.pairs_per_s / base.pairs_per_s, summary.peak_mib / base.peak_mib)
     return {

@@ -40,8 +40,8 @@ class DenseMaskedAdamW(torch.optim.Optimizer):
         super().__init__(parameters.values(), defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; it takes no closure."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

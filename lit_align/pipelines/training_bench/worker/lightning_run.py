@@ -66,6 +66,7 @@ def run(job: Job, folder: Path, watch: Watch) -> Result:
             [float(s.ref_per_token_logps.astype("float64").sum()) for s in row.sequences]  # type: ignore[union-attr]
             for row in data.train_rows
         ],
+        layout=data.layout,
     )
 
 

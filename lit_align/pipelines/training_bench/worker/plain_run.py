@@ -22,8 +22,9 @@ from lit_align.pipelines.training_bench.worker.watch import Watch, state_bytes, 
 def run(job: Job, folder: Path, watch: Watch) -> Result:
     """Train, save model and optimiser, say what it took."""
     device = torch.device(job.device)
-    policy: Any = load_language_model(job.model)[0].to(device).train()
-    reference: Any = load_language_model(job.model)[0].to(device).requires_grad_(False)
+    policy, reference = (_model(job, device) for _ in range(2))
+    policy.train()
+    reference.requires_grad_(False)
     optimizer = _optimizer(job, policy)
     pairs, logps = read_pairs(job), []
     watch.start()
@@ -48,6 +49,11 @@ def run(job: Job, folder: Path, watch: Watch) -> Result:
         checkpoint=_save(policy, optimizer, folder / "checkpoint") if job.saves else None,
         reference_logps=logps,
     )
+
+
+def _model(job: Job, device: torch.device) -> Any:
+    model, _ = load_language_model(job.model)
+    return torch.nn.Module.to(model, device)
 
 
 def _optimizer(job: Job, policy: Any) -> torch.optim.Optimizer:

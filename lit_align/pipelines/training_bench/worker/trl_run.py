@@ -9,7 +9,6 @@ import peft
 import torch
 import trl
 from datasets import Dataset
-from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
@@ -30,8 +29,9 @@ class InOrder(trl.DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
-    def _get_train_sampler(self, train_dataset: TorchDataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep the step's loss for the watch."""
@@ -62,7 +62,7 @@ def run(job: Job, folder: Path, watch: Watch) -> Result:
     """Train, save a checkpoint as the trainer does, say what it took."""
     model, tokenizer = load_language_model(job.model)
     InOrder.watch = watch  # its constructor runs the reference
-    trainer = InOrder(
+    trainer: Any = InOrder(
         model=model,
         args=_config(job, folder),
         train_dataset=Dataset.from_list(read_pairs(job)),

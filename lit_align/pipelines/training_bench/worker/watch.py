@@ -53,7 +53,7 @@ class Watch:
         """Time the reference's pass over all pairs."""
         started = self._now()
         yield
-        self.reference_seconds = self._now() - started
+        self.reference_seconds = (self.reference_seconds or 0.0) + self._now() - started
 
     def result(
         self,
