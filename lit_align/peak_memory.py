@@ -24,10 +24,12 @@ class PeakMemory:
 
     Attributes:
         mib: The peak in MiB after the block; None where the system does not tell.
+        before_mib: What was resident on entry; None where the mark cannot be reset.
         scope: "stage", "process" or "unknown".
     """
 
     mib: float | None = None
+    before_mib: float | None = None
     scope: str = "unknown"
 
     def __enter__(self) -> "PeakMemory":
@@ -36,6 +38,7 @@ class PeakMemory:
         try:
             CLEAR_REFS.write_text("5")
             self.scope = "stage"
+            self.before_mib = _high_water_mib()
         except OSError:
             self.scope = "unknown" if sys.platform == "win32" else "process"
         return self
