@@ -15,7 +15,7 @@ import torch
 
 from lit_align.errors import BenchmarkError
 from lit_align.files import write_atomically
-from lit_align.pipelines.training_bench import training_command
+from lit_align.pipelines.training_bench.command import training_command
 from lit_align.report.kernel_figures import draw_measurements
 from lit_align_kernels import benchmarks, dispatch
 from lit_align_kernels.benchmarks import Ceilings, LeftOut, Measurement, Size

@@ -1,5 +1,4 @@
-"""`lit-align bench training`: DPO by lit-align and by what else does it, on the same pairs."""
+"""`lit-align bench training`: DPO by lit-align and by what else does it, on the same pairs.
 
-from lit_align.pipelines.training_bench.command import training_command
-
-__all__ = ["training_command"]
+Nothing is imported here: a worker shall hold in memory what its method needs, and no more.
+"""

@@ -53,6 +53,7 @@ def bench_training(settings: BenchSettings) -> None:
             print(f"  {method.label} is left out: {error}", flush=True)
             continue
         record.add(number, result)
+        print(f"  {record.line(method.name)}", flush=True)
     _conclude(plan, record)
 
 

@@ -101,6 +101,14 @@ class Record:
         found = {result.method for _, result in self.measurements}
         return [self._summary(name) for name in METHODS if name in found]
 
+    def line(self, method: str) -> str:
+        """What a method's runs come to so far, for the terminal."""
+        found = self._summary(method)
+        return (
+            f"{METHODS[method].label}: {found.pairs_per_s:.3g} pairs/s, {found.step_s:.3g} s a "
+            f"step, peak {found.peak_mib:,.0f} MiB"
+        )
+
     def baseline(self) -> Summary | None:
         """TRL's DPOTrainer, or the plain loop."""
         found = {s.method: s for s in self.summaries()}

@@ -85,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=os.cpu_count(), help="of every run (%(default)s)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=cuda, help="(here: %(default)s)")
-    add("--output", default=OUTPUT, help="folder of the results; run again to go on (%(default)s)")
+    add(
+        "--output",
+        default=OUTPUT,
+        help="folder of results: run again to go on, name another when "
+        "lit-align itself has changed (%(default)s)",
+    )
     return found
 
 

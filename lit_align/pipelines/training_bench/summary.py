@@ -30,20 +30,20 @@ def table(record: Record) -> Table:
 
 
 def _row(summary: Summary, base: Summary | None) -> dict[str, Any]:
-    over = "" if base is None else f"x {base.method}"
-    ratios: tuple[float | None, float | None] = (None, None)
+    speed = peak = {}
     if base is not None:
-        ratios = (summary.pairs_per_s / base.pairs_per_s, summary.peak_mib / base.peak_mib)
+        speed = {f"speed x {base.method}": summary.pairs_per_s / base.pairs_per_s}
+        peak = {f"peak x {base.method}": summary.peak_mib / base.peak_mib}
     return {
         "method": METHODS[summary.method].label,
         "pairs/s": summary.pairs_per_s,
-        f"speed {over}": ratios[0],
+        **speed,
         "with ref.": summary.pairs_per_s_with_reference,
         "tokens/s": summary.tokens_per_s,
         "step s": summary.step_s,
         "ref. s/pair": summary.reference_s,
         "peak MiB": summary.peak_mib,
-        f"peak {over}": ratios[1],
+        **peak,
         "above": summary.peak_above_imports_mib,
         "optimizer MiB": summary.optimizer_mib,
         "checkpoint MiB": summary.checkpoint_mib,
