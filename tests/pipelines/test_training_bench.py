@@ -229,6 +229,14 @@ def test_wrong_words_are_said_at_once(tmp_path, tiny_llama_dir, capsys):
     assert "has 10 pairs" in few and "60 are needed" in few
 
 
+def test_help_names_the_methods(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "training", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--masks", "--follow", *methods.METHODS))
+
+
 def test_settings_of_the_size_give_way_to_options():
     words = ["--data", "x", "--steps", "7", "--methods", "trl", "rows", "trl"]
     settings = settings_of(vars(parser().parse_args(words)))
