@@ -80,7 +80,7 @@ class ReferenceStore:
             TrainingError: it cannot be written.
         """
         digests = b"".join(logps)
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             "logps": np.concatenate(list(logps.values())).astype(np.float32),
             "lengths": np.array([len(values) for values in logps.values()], np.int64),
             "digests": np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES),
@@ -182,7 +182,7 @@ def _check_values(
 def _checksum(key: str, tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(key.encode())
     for name in TENSORS:
-        digest.update(np.ascontiguousarray(tensors[name]))
+        digest.update(tensors[name].tobytes())
     return digest.hexdigest()
 
 

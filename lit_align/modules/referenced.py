@@ -28,8 +28,9 @@ class ReferencedModule(OptimizedModule):
     """Gives the log-probs of the reference policy π_ref, the model before training.
 
     `reference: cache` has them computed once for all rows, `swap` at every step with base values in
-    place of the trained ones. `none` is reference-free: log π_ref is 0 for every token, as TRL's
-    `reference_free`; the loss then sees log π itself where it would see log π − log π_ref.
+    place of the trained ones. `none` is reference-free: log π_ref counts as 0 for every token (as
+    `reference_free` of the first DPO code, github.com/eric-mitchell/direct-preference-optimization),
+    so that the loss sees log π itself where it would see log π − log π_ref.
     """
 
     uses_reference: ClassVar[bool] = False

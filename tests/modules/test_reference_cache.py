@@ -92,8 +92,13 @@ def logps_by_hand(model, row):
 # ---- what is served, and what is computed --------------------------------------------------------
 
 
-def test_the_values_are_those_of_each_sequence_by_itself(model, store):
-    data = pairs()
+@pytest.mark.parametrize(
+    "settings",
+    [{"layout": "padded"}, {"layout": "shared_prefix"}, {"max_tokens": 60}],
+    ids=str,
+)
+def test_the_values_are_those_of_each_sequence_by_itself(settings, model, store):
+    data = pairs(**settings)
     kept = attached(data, model, store)
     assert_same(kept, [logps_by_hand(model, row) for row in data.rows("train")], atol=1e-5)
     (batch,) = data.with_rows("train", [3]).dataloader("train", 1)
