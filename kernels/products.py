@@ -21,7 +21,7 @@ def has_faster_products() -> bool:
     )
 
 
-def _onednn(a: Tensor, b: Tensor) -> Tensor | None:
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The product by oneDNN, where it can take these factors and no graph is being recorded."""
     if (
         torch.compiler.is_compiling()
@@ -33,7 +33,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor | None:
         or not has_faster_products()
     ):
         return None
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -44,10 +44,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product x Wᵀ + b of x (..., k) and weight (m, k), inside an autograd function."""
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    y = product(x, weight.t())
-    return y if bias is None else y.add_(bias)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    found = None if autocast else _onednn(x, weight.t(), bias)
+    return F.linear(x, weight, bias) if found is None else found
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:

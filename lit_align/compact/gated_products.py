@@ -109,8 +109,9 @@ class _LowRankChange(torch.autograd.Function):
         h = linear(x, change.a).reshape(-1, change.a.shape[0])
         ctx.save_for_backward(h, weight, change.a, change.b, gate)
         ctx.scale, ctx.transposed, ctx.x = change.scale, transposed, (x.shape, x.dtype)
-        add_product(y.view(-1, y.shape[-1]), h * (gate * change.scale), change.b.to(y.dtype).t())
-        return y
+        # Not in place: selective checkpointing keeps both products.
+        change_y = product(h * (gate * change.scale), change.b.to(y.dtype).t())
+        return y + change_y.view(y.shape)
 
     @staticmethod
     @once_differentiable

@@ -20,6 +20,10 @@ from lit_align.compact.adapters import (
 from lit_align.errors import TrainingError
 from lit_align.language_model import load_language_model
 from lit_align.masks import ParameterMask, named_shapes
+from lit_align.modules.activation_checkpointing import (
+    GradientCheckpointing,
+    checkpoint_activations,
+)
 from lit_align.modules.forward import check_head
 from lit_align.modules.referenced import Reference, ReferencedModule, check_reference
 from lit_align.modules.shared_prefix import enable_shared_prefix
@@ -46,7 +50,7 @@ class LoadedModule(ReferencedModule):
         lr_scheduler: str = "cosine",
         min_lr_ratio: float = 0.0,
         warmup_ratio: float = 0.1,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: GradientCheckpointing = False,
         attn_implementation: str = "sdpa",
         trust_remote_code: bool = False,
         reference: Reference = "cache",
@@ -66,7 +70,10 @@ class LoadedModule(ReferencedModule):
             lr_scheduler: a name that `transformers.get_scheduler` knows.
             min_lr_ratio: of `cosine`: the share of the peak that it ends at.
             warmup_ratio: share of all steps with linear warm-up.
-            gradient_checkpointing: trade time for activation memory.
+            gradient_checkpointing: trade time for activation memory: `true` keeps the inputs of
+                layers alone and computes each layer twice; `selective` keeps the results of matrix
+                products and attention and computes the rest again, half the memory for a few
+                percent of the time (little with adapters, which keep few of them anyway).
             attn_implementation: of transformers.
             trust_remote_code: let the model's folder bring code of its own.
             reference: `cache` computes the reference's log-probs of all rows once before training;
@@ -84,6 +91,7 @@ class LoadedModule(ReferencedModule):
                 other.
         """
         check_choice("lr_scheduler", lr_scheduler, [s.value for s in SchedulerType])
+        check_choice("gradient_checkpointing", gradient_checkpointing, (False, True, "selective"))
         check_reference(reference, reference_cache)
         if min_lr_ratio and (lr_scheduler != "cosine" or not 0 <= min_lr_ratio <= 1):
             raise TrainingError(
@@ -136,8 +144,7 @@ class LoadedModule(ReferencedModule):
         self._restrict(dtype)
         if self.adapter is not None and not has_adapters(self.model):
             raise TrainingError(f"{type(self).__name__} takes no adapter: leave it out")
-        if h.gradient_checkpointing:
-            checkpoint_activations(self.model)
+        checkpoint_activations(self.model, h.gradient_checkpointing)
         self.model.train()
         # Frozen weights and buffers are equal on every rank: DDP need not send them.
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
@@ -203,26 +210,14 @@ class LoadedModule(ReferencedModule):
         return frozen + [n for n, _ in self.named_buffers()]
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only the inputs of the layers that train, and what lies between two layers above them.
-
-    Everything else is computed again in the backward. Frozen layers below the lowest trained
-    parameter keep nothing and are not computed again.
-    """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    # transformers makes the embedding's output require a gradient, for reentrant checkpoints: all
-    # layers would be computed again and differentiated.
-    model.disable_input_require_grads()
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Refuse a setting that is none of its choices.
 
     Raises:
         TrainingError: names them.
     """
     if value not in choices:
-        raise TrainingError(f"{name} {value!r}: choose one of {', '.join(choices)}")
+        raise TrainingError(f"{name} {value!r}: choose one of {', '.join(map(str, choices))}")
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from lit_align.errors import PipelineError
 from lit_align.losses import DPOLossType
 from lit_align.losses.token_filter import FilterSide
 from lit_align.masks.select import Granularity, Scope
+from lit_align.modules.activation_checkpointing import GradientCheckpointing
 from lit_align.pipelines.rewards.endpoint_request import check_url
 from lit_align.pipelines.setting_checks import (
     BETAS,
@@ -373,13 +374,13 @@ class RunSettings:
     Attributes:
         precision: Lightning's: 32-true, bf16-mixed or bf16-true.
         accelerator: Lightning's.
-        gradient_checkpointing: trade time for activation memory.
+        gradient_checkpointing: true | selective | false: trade time for activation memory.
         seed: of the training order.
     """
 
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: GradientCheckpointing = False
     seed: int = 0
 
 

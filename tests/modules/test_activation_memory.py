@@ -17,8 +17,9 @@ from lit_align.compact.gates import gate
 from lit_align.masks import ParameterMask
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.modules import MaskedDPO
+from lit_align.modules.activation_checkpointing import checkpoint_activations
 from lit_align.modules.forward import target_hidden
-from lit_align.modules.loaded import checkpoint_activations
+from lit_align.modules.shared_prefix import enable_shared_prefix
 from tests.tiny_models import tiny_model
 from tests.training_runs import assert_equal_weights, preferences, trainer, weights
 
@@ -89,9 +90,10 @@ def a_batch():
 
 def prepared(way, kind="llama", layers=LAYERS, top=TOP, checkpointing=False):
     model = deep_model(kind, layers)
+    enable_shared_prefix(model)  # runs the model, to compare the layouts
     WAYS[way](model, top)
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, True)
     return model.train()
 
 
@@ -179,7 +181,9 @@ def test_frozen_layers_below_save_nothing_and_end_the_graph(way, kind):
 
 def test_without_a_mask_all_layers_save():
     """The measure itself: every layer saves as much as the next."""
-    found, outputs, _ = saved_bytes(deep_model().train(), a_batch())
+    model = deep_model().train()
+    enable_shared_prefix(model)
+    found, outputs, _ = saved_bytes(model, a_batch())
     assert found[1] == found[2] > 0 and found[0] >= found[1]
     assert all(output.requires_grad for output in outputs)
 
@@ -209,7 +213,7 @@ def test_checkpointing_recomputes_trained_layers_alone_and_keeps_less(way):
         loss.backward()
         grads.append({name: parameter.grad for name, parameter in trainable(model)})
         assert forwards.order == [0, 1, 2, 3, *([3, 2] if checkpointing else [])]
-    assert living[1] < 0.15 * living[0]
+    assert living[1] < 0.2 * living[0]  # two layers' inputs, rotations and the batch's masks
     for name, grad in grads[0].items():
         assert grad.any() and torch.equal(grads[1][name], grad), name
 
