@@ -165,8 +165,8 @@ def _by_row(
             count, found = len(sequence.response_ids), len(known.get(digest, ()))
             if found != count:
                 raise TrainingError(
-                    f"row {row.row_id} has {count} targets in one sequence, and reference log-probs "
-                    f"of {found} are in {where}: it is damaged; remove it"
+                    f"row {row.row_id} has {count} targets in one sequence, and log-probs "
+                    f"of the reference for {found} are in {where}: it is damaged; remove it"
                 )
     return [[known[digest] for digest in of_row] for of_row in digests]
 

@@ -29,7 +29,7 @@ class ReferencedModule(OptimizedModule):
 
     `reference: cache` has them computed once for all rows, `swap` at every step with base values in
     place of the trained ones. `none` is reference-free: log π_ref counts as 0 for every token (as
-    `reference_free` of the first DPO code, github.com/eric-mitchell/direct-preference-optimization),
+    `reference_free` in github.com/eric-mitchell/direct-preference-optimization, DPO's own code),
     so that the loss sees log π itself where it would see log π − log π_ref.
     """
 
