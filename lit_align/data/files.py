@@ -1,17 +1,21 @@
-"""Reading rows: JSONL, JSON, Parquet, CSV, a saved `datasets` folder, or a hub id."""
+"""Reading rows: JSONL, JSON, Parquet, CSV, a saved `datasets` folder, or a hub id.
+
+`datasets` and pyarrow are imported where they are needed: they hold 80 MiB, which a run on JSONL
+files does without.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from lit_align.data.bad_rows import BadRowError, BadRows
-from lit_align.data.tables import read_csv, read_parquet
 from lit_align.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -86,6 +90,8 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """A saved folder, or a data set of the hub."""
+    import datasets
+
     name, _, split = source.partition(":")
     if Path(name).is_dir():
         loaded = _load_folder(name)
@@ -105,15 +111,29 @@ def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.I
 
 
 def _load_folder(name: str) -> datasets.Dataset | datasets.DatasetDict:
+    import datasets
+
     try:
         return datasets.load_from_disk(name)
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{name}: not a folder written by save_to_disk: {error}") from error
 
 
+def _read_parquet(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    from lit_align.data.tables import read_parquet
+
+    return read_parquet(path, bad_rows)
+
+
+def _read_csv(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    from lit_align.data.tables import read_csv
+
+    return read_csv(path, bad_rows)
+
+
 READERS: dict[str, Callable[[Path, BadRows], Iterator[tuple[int, dict[str, Any]]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".parquet": read_parquet,
-    ".csv": read_csv,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
 }
