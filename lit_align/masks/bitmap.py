@@ -13,6 +13,7 @@ _ONES_IN_TWO_BYTES = (
     .reshape(-1, 16)
     .sum(1, dtype=np.uint8)
 )
+_POPCOUNT_CHUNK = 2**17
 
 
 def num_bytes(numel: int) -> int:
@@ -33,8 +34,12 @@ def unpack(bitmap: Bitmap, numel: int) -> Flags:
 def popcount(bitmap: Bitmap) -> int:
     """How many bits are set."""
     even = len(bitmap) // 2 * 2
-    ones = _ONES_IN_TWO_BYTES.take(np.ascontiguousarray(bitmap[:even]).view(np.uint16))
-    return int(ones.sum(dtype=np.int64)) + sum(map(int.bit_count, bitmap[even:].tolist()))
+    pairs = np.ascontiguousarray(bitmap[:even]).view(np.uint16)
+    count = sum(map(int.bit_count, bitmap[even:].tolist()))
+    for start in range(0, len(pairs), _POPCOUNT_CHUNK):  # numpy makes int64 of the indices
+        ones = _ONES_IN_TWO_BYTES.take(pairs[start : start + _POPCOUNT_CHUNK])
+        count += int(ones.sum(dtype=np.int64))
+    return count
 
 
 def set_bits(bitmap: Bitmap, positions: NDArray[np.intp]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_align.errors import LocalizationError
 
-PART = 2**19  # entries that are in memory at once; a multiple of 8: parts end on a bitmap's byte
+PART = 2**18  # entries that are in memory at once; a multiple of 8: parts end on a bitmap's byte
 
 
 class PartialScores(Mapping[str, Tensor]):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_align.errors import LocalizationError
-from lit_align.localizers import LazyScores
+from lit_align.localizers import ElementwiseScores, LazyScores
 from lit_align.masks import select
 
 
@@ -28,3 +28,28 @@ def test_scores_that_are_not_finite_name_the_parameter(value):
 
 def test_a_parameter_without_entries_has_no_scores():
     assert LazyScores(["a"], lambda _: torch.zeros(0, 3))["a"].shape == (0, 3)
+
+
+def test_parts_are_the_whole(monkeypatch):
+    values = {"a": torch.rand(3, 7), "b": torch.rand(5)}
+    asked = []
+
+    def compute(name, start, stop):
+        asked.append((name, start, stop))
+        return values[name].reshape(-1)[start:stop]
+
+    scores = ElementwiseScores({name: tuple(t.shape) for name, t in values.items()}, compute)
+    assert list(scores) == ["a", "b"] and "a" in scores and scores.shape("a") == (3, 7)
+    assert torch.equal(scores["a"], values["a"]) and asked == [("a", 0, 21)]
+    assert torch.equal(scores.part("a", 4, 9), values["a"].reshape(-1)[4:9])
+    monkeypatch.setattr("lit_align.masks.parts.PART", 8)
+    asked.clear()
+    assert select(scores, 0.5) == select(values, 0.5)
+    assert asked == [("a", 0, 8), ("a", 8, 16), ("a", 16, 21), ("b", 0, 5)] * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_parts_that_are_not_finite_name_the_parameter(value):
+    scores = ElementwiseScores({"a": (4,)}, lambda *_: torch.tensor([0.0, value]))
+    with pytest.raises(LocalizationError, match="'a'"):
+        scores.part("a", 0, 2)

@@ -42,6 +42,41 @@ def test_reads_bf16_as_fp32(tmp_path, monkeypatch):
     assert_reads(stored, model)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])  # read from the file; converted in memory
+def test_parts_are_those_of_the_whole(tmp_path, kind):
+    model = tiny_model(kind).bfloat16()
+    model.save_pretrained(tmp_path)
+    stored = StoredParameters(tmp_path, named_shapes(model))
+    for name in ("model.norm.weight", "model.layers.1.self_attn.o_proj.weight"):
+        whole = stored.read(name).reshape(-1)
+        for start, stop in ((0, 1), (3, 32), (0, whole.numel()), (7, 7)):
+            part = stored.part(name, start, stop)
+            assert part.dtype == torch.float32 and torch.equal(part, whole[start:stop])
+            part.zero_()
+        assert torch.equal(stored.read(name).reshape(-1), whole)
+
+
+def test_a_file_that_shrinks_is_a_model_error(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    stored = StoredParameters(tmp_path, named_shapes(model))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ModelError, match="cut off"):
+        for name in stored.shapes:
+            stored.read(name)
+
+
+def test_a_size_that_is_not_the_shapes_is_a_model_error(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"F16"', 1))
+    with pytest.raises(ModelError, match="not the size of its shape"):
+        StoredParameters(tmp_path, named_shapes(model))
+
+
 def test_what_is_read_may_be_written_to(tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)

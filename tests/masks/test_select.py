@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from lit_align.errors import LocalizationError, MaskError
-from lit_align.masks import conv1d_row_axes, select
-from lit_align.masks import parts
+from lit_align.masks import PartialScores, conv1d_row_axes, parts, select, topk
 from tests.tiny_models import tiny_model
 
 SHAPES = {"emb.weight": (17, 5), "norm.weight": (9,), "experts": (3, 4, 6), "scale": ()}
@@ -52,6 +51,45 @@ def test_global_over_many_chunks_equals_brute_force(monkeypatch):
     monkeypatch.setattr(parts, "PART", 8)
     scores = random_scores(ties=True)
     assert_same(select(scores, 0.3), brute_force(scores, round(0.3 * 167)))
+
+
+@pytest.mark.parametrize("most", [0, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_bin_that_holds_too_much_is_divided(ties, dtype, most, monkeypatch):
+    monkeypatch.setattr(topk, "MAX_KEPT", most)
+    scores = random_scores(dtype, ties=ties)
+    for ratio in (0.05, 0.3, 0.9):
+        assert_same(select(scores, ratio), brute_force(scores, round(ratio * 167)))
+
+
+@pytest.mark.parametrize("scope", ["global", "per_parameter"])
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_partial_scores_are_never_read_whole(granularity, scope, monkeypatch):
+    monkeypatch.setattr(parts, "PART", 8)
+    monkeypatch.setattr("lit_align.masks.units.PART", 8)
+    scores = random_scores(ties=True)
+
+    class Parts(PartialScores):
+        def shape(self, name):
+            return SHAPES[name]
+
+        def part(self, name, start, stop):
+            assert stop - start <= 8
+            return scores[name].reshape(-1)[start:stop]
+
+        def __getitem__(self, name):
+            raise AssertionError(f"{name} was read whole")
+
+        def __iter__(self):
+            return iter(SHAPES)
+
+        def __len__(self):
+            return len(SHAPES)
+
+    expected = select(scores, 0.3, scope, granularity=granularity)
+    found = select(Parts(), 0.3, scope, granularity=granularity)
+    assert found == expected and found.metadata == expected.metadata
 
 
 def test_mixed_precision_keys_are_as_wide_as_the_widest():
