@@ -142,23 +142,22 @@ def document_attention(
     Raises:
         ModelError: a setting that cannot be honoured.
     """
-    on_cuda = query.device.type == "cuda"
-    _refuse("sinks", settings.get("s_aux"))
-    _refuse("position bias", settings.get("position_bias"))
+    _refuse(module, "sinks", settings.get("s_aux"))
+    _refuse(module, "a position bias", settings.get("position_bias"))
     layout.windows.append(sliding_window)
-    if on_cuda:
-        _refuse("dropout", dropout or None)
-        attend = _compiled(flex_attention)
-        return by_flex_attention(
-            query, key, value, layout, sliding_window, scaling, softcap, attend
-        ), None
-    _refuse("soft cap without a CUDA device", softcap)
-    return by_document(query, key, value, layout, sliding_window, scaling, dropout), None
+    if query.device.type != "cuda":
+        _refuse(module, "a soft cap, which needs a CUDA device", softcap)
+        return by_document(query, key, value, layout, sliding_window, scaling, dropout), None
+    _refuse(module, "dropout", dropout or None)
+    attend = _compiled(flex_attention)
+    output = by_flex_attention(query, key, value, layout, sliding_window, scaling, softcap, attend)
+    return output, None
 
 
-def _refuse(what: str, value: Any) -> None:
+def _refuse(module: nn.Module, what: str, value: Any) -> None:
     if value is not None:
-        raise ModelError(f"attention over shared prefixes takes no {what}: {USE_PADDED}")
+        name = type(module).__name__
+        raise ModelError(f"layout shared_prefix does not suit {name} with {what}: {USE_PADDED}")
 
 
 def by_document(

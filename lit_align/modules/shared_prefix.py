@@ -80,10 +80,10 @@ def _check(model: PreTrainedModel) -> None:
     packed_positions = torch.zeros_like(row).scatter(0, places[real], positions[real])
     layout = DocumentLayout(DOCUMENTS, row.device)
     try:
-        padded = hidden_states(model, ids[places], real.long(), positions)
         packed = hidden_states(
             model, ids[None], torch.ones_like(row)[None], packed_positions[None], layout
         )
+        padded = hidden_states(model, ids[places], real.long(), positions)
     except (TypeError, ValueError, RuntimeError) as error:
         _refuse(model, f"whose decoder does not take it ({error})")
     _check_windows(model, layout.windows)
