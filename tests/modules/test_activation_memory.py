@@ -81,8 +81,8 @@ WAYS = {
 }
 
 
-def a_batch():
-    data = preferences(2, batch_size=2)
+def a_batch(layout="shared_prefix"):
+    data = preferences(2, batch_size=2, layout=layout)
     data.setup("fit")
     (batch,) = data.train_dataloader()
     return batch
@@ -171,10 +171,14 @@ class CountedOps(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("way", WAYS)
-def test_frozen_layers_below_save_nothing_and_end_the_graph(way, kind):
-    found, outputs, _ = saved_bytes(prepared(way, kind), a_batch())
+def test_frozen_layers_below_save_nothing_and_end_the_graph(way, kind, layout):
+    found, outputs, _ = saved_bytes(prepared(way, kind), a_batch(layout))
     assert found[0] == found[1] == 0 and found[2] > 0 and found[3] > 0
     assert [output.requires_grad for output in outputs] == [False, False, True, True]
 
@@ -201,9 +205,10 @@ def test_a_backward_costs_the_same_however_many_layers_lie_below(way):
     assert counts[0] == counts[1]
 
 
+@LAYOUTS
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpointing_recomputes_trained_layers_alone_and_keeps_less(way):
-    batch, grads, living = a_batch(), [], []
+def test_checkpointing_recomputes_trained_layers_alone_and_keeps_less(way, layout):
+    batch, grads, living = a_batch(layout), [], []
     for checkpointing in (False, True):
         model = prepared(way, checkpointing=checkpointing)
         forwards = Forwards(model)
