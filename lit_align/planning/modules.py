@@ -22,6 +22,7 @@ from lit_align.modules.base import LanguageModelModule
 from lit_align.modules.ila_mask_learning import ILAMaskLearning
 from lit_align.planning.masks import MaskKind, PlannedMask, planned_mask, planned_mask_of_file
 from lit_align.planning.model_configs import read_config, weightless_model
+from lit_align.planning.nf4 import pack
 from lit_align.planning.settings import PlanSettings
 
 DTYPES = {"bf16-true": torch.bfloat16}
@@ -62,7 +63,9 @@ class _PlannedModule(LanguageModelModule):
 
     def load_base(self) -> PreTrainedModel:
         """The architecture, without weights."""
-        return weightless_model(read_config(self.planned.model), self.weight_dtype)
+        model = weightless_model(read_config(self.planned.model), self.weight_dtype)
+        adapter = self.planned.adapter
+        return pack(model) if adapter and adapter.quantization == "nf4" else model
 
     def _attach_reference_logps(self, *args: Any) -> None:
         """They lie in the main memory."""

@@ -1,26 +1,25 @@
 """What the step's few operations that read values allocate, without values.
 
 Under `FakeTensorMode` nothing can depend on what a tensor holds. Every function here takes the
-place of one that does (or of a Triton kernel) and makes tensors of the same sizes.
+place of one that does, and makes tensors of the same sizes.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils
 
 from lit_align.compact import layers
-from lit_align.modules import loaded
-from lit_align_kernels import dispatch, products
+from lit_align.modules import document_attention, loaded, shared_prefix
+from lit_align.planning.gpu import as_on_a_gpu
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import reference as swap_reference
-from lit_align_kernels.token_logprobs import chunks
 
 
 @contextlib.contextmanager
@@ -29,8 +28,7 @@ def weightless(*, padded: bool, gpu: bool) -> Iterator[None]:
 
     Args:
         padded: whether the batch has padding, which transformers would look for.
-        gpu: allocate as the Triton path does on a GPU (the fake tensors' device is the CPU still,
-            since autograd refuses others where torch is built without them).
+        gpu: allocate as the path on a GPU does; see `planning.gpu`.
     """
     with contextlib.ExitStack() as stack:
 
@@ -39,11 +37,14 @@ def weightless(*, padded: bool, gpu: bool) -> Iterator[None]:
 
         replace(layers, "_embedding_gradient", embedding_gradient)
         replace(swap_reference, "_write_rows", _nothing)
-        replace(loaded, "check_head", _nothing)
+        replace(loaded, "check_head", _nothing)  # compares values, as the next one does
+        replace(shared_prefix, "_check", _nothing)
+        replace(document_attention, "branches_and_positions", _two_a_token)
+        replace(nn.Module, "_apply", _apply)
         if not padded:
             replace(masking_utils, "is_tracing", lambda tensor=None: False)
         if gpu:
-            _as_on_a_gpu(replace)
+            as_on_a_gpu(replace)
         yield
 
 
@@ -78,28 +79,18 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _as_on_a_gpu(replace: Any) -> None:
-    """Triton's kernels allocate little besides their results."""
-    from lit_align_kernels.masked_adamw import kernel as adamw_kernel
-    from lit_align_kernels.masked_weight_grad import kernel as gradient_kernel
-    from lit_align_kernels.swap_selected import kernel as swap_kernel
-    from lit_align_kernels.token_logprobs import kernel as rows_kernel
-    from lit_align_kernels.weighted_preference_loss import kernel as loss_kernel
-
-    replace(dispatch, "implementation_for", lambda operation, device: "triton")
-    replace(adamw_kernel, "launch", _nothing)
-    replace(gradient_kernel, "masked_weight_grad", _nothing)
-    replace(swap_kernel, "launch", _nothing)
-    replace(rows_kernel, "rows_forward", _two_a_row)
-    replace(rows_kernel, "rows_backward_", _nothing)
-    replace(loss_kernel, "npo_rows_", _two_a_row)
-    replace(chunks, "CPU_LOGITS_BYTES", chunks.GPU_LOGITS_BYTES)
-    replace(chunks, "CPU_BLOCK", 1 << 40)  # a GPU takes the whole vocabulary at once
-    replace(products, "_onednn", _nothing)
-    replace(products, "has_faster_products", lambda: False)
+def _two_a_token(document: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    places = torch.arange(sum(document), device=device)
+    return places, torch.empty_like(places)
 
 
-def _two_a_row(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(
-        len(logits), dtype=torch.float32
-    )
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As torch's, which would swap fake parameters: they may not be referred to elsewhere then."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is not None and (found := fn(parameter.detach())).dtype != parameter.dtype:
+            self._parameters[name] = nn.Parameter(found, requires_grad=parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        self._buffers[name] = None if buffer is None else fn(buffer)
+    return self

@@ -12,6 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from lit_align.batch import PackedBatch
 from lit_align.compact.adapters import has_adapters
@@ -141,7 +145,7 @@ def _step(
     with tracker.counting_as("activations"), trainer.precision_plugin.forward_context():
         loss = module.training_step(batch, 0)
     optimizer.zero_grad()
-    with tracker.counting_as("temporary"):
+    with tracker.counting_as("temporary"), _recomputed(tracker):
         loss.backward()
     del loss
     tracker.tag((p.grad for p in module.parameters()), "gradients")
@@ -173,8 +177,31 @@ def _tag_model(tracker: MemoryTracker, model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
+def _recomputed(tracker: MemoryTracker) -> Iterator[None]:
+    """Modules that are called in a backward compute their activations again."""
+    calls: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        calls.append(tracker.counting_as("activations"))
+        calls[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        calls.pop().__exit__(None, None, None)
+
+    hooks = (
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
 def _parts_of_calls(tracker: MemoryTracker) -> Iterator[None]:
-    """Count what the head's functions make as the head's, and recomputed layers as activations."""
+    """Count what the head's functions make as the head's."""
     with contextlib.ExitStack() as stack:
         for owner, name in (
             (weighted_preference_loss._OnePass, "forward"),

@@ -126,5 +126,6 @@ def _as_positions(index: Tensor | None) -> Tensor | None:
     """Flags as the positions of all entries."""
     if index is None or index.dtype != torch.bool:
         return index
-    assert index.ndim == 1
+    if index.ndim > 1:
+        raise NotImplementedError("flags of more than one dimension as an index")
     return index.new_empty(index.shape, dtype=torch.int64)
