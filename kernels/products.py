@@ -33,7 +33,9 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
         or not has_faster_products()
     ):
         return None
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    found = torch.ops.mkldnn._linear_pointwise(a.flatten(0, -2), b.t(), bias, "none", [], "")
+    # As a view, an autograd function's result could not be changed in place.
+    return torch.ops.aten._unsafe_view(found, (*a.shape[:-1], b.shape[1]))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -77,6 +77,14 @@ def test_the_layer_calls_the_faster_library(monkeypatch):
     assert len(calls) == 1
 
 
+def test_the_result_may_be_changed_in_place():
+    layer = use_fast_products(nn.Sequential(nn.Linear(6, 4)))
+    y = layer(torch.ones(2, 3, 6))
+    y += 1
+    y.sum().backward()
+    assert layer[0].bias.grad.tolist() == [6.0] * 4
+
+
 def test_a_partly_trained_bias_gets_its_gradient():
     layer = use_fast_products(nn.Sequential(nn.Linear(6, 4)))
     scores = {"0.weight": torch.zeros(4, 6), "0.bias": torch.arange(1.0, 5.0)}
