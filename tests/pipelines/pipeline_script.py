@@ -1,25 +1,28 @@
-"""A small pipeline that a test runs in a process of its own and kills at a chosen moment.
+"""Runs a small pipeline in forks of one process, which kill themselves at chosen moments.
 
-Usage: python pipeline_script.py OUTPUT_DIR SCALE KILL_AT
+Usage: python pipeline_script.py [[OUTPUT_DIR, SCALE, KILL_AT], ...]
 KILL_AT counts the moments (before and after each rename, inside each stage); 0 never kills.
-Prints how many moments there were.
+Prints a line for each run: `killed`, or how many moments there were.
 """
 
+import gc
+import json
 import os
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from lit_align.pipelines.stage import Stage, run_stages
 
-moments = 0
+moments = kill_at = 0
 
 
 def moment() -> None:
     global moments
     moments += 1
-    if moments == int(sys.argv[3]):
+    if moments == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -56,6 +59,27 @@ def pipeline(output_dir: Path, scale: int) -> list[Stage]:
     ]
 
 
+def run(output_dir: str, scale: int, at: int) -> None:
+    """Fork, so that what is slow to import is imported once, and wait for the end."""
+    global kill_at
+    child = os.fork()
+    if child == 0:
+        kill_at = at
+        try:
+            run_stages(pipeline(Path(output_dir), scale), output_dir, log=lambda line: None)
+            print(moments, flush=True)
+            os._exit(0)
+        except BaseException:  # whatever it was: what follows is the parent's
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if status == signal.SIGKILL:
+        print("killed", flush=True)
+    elif status:
+        sys.exit(f"a run ended with {status}")
+
+
 if __name__ == "__main__":
-    run_stages(pipeline(Path(sys.argv[1]), int(sys.argv[2])), sys.argv[1], log=lambda line: None)
-    print(moments)
+    gc.freeze()  # stages collect garbage: let them skip what was imported
+    for each in json.loads(sys.argv[1]):
+        run(*each)

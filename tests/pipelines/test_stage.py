@@ -10,6 +10,7 @@ from lit_align.errors import PipelineError
 from lit_align.pipelines.manifest import load_manifest
 from lit_align.pipelines.stage import Stage, run_stages
 
+pytestmark = pytest.mark.usefixtures("frozen")
 SCRIPT = Path(__file__).with_name("pipeline_script.py")
 
 
@@ -221,9 +222,14 @@ def test_a_second_run_in_the_same_folder_refuses(pipeline):
     pipeline.run()  # and the lock is let go
 
 
-def script(output_dir: Path, scale: int, kill_at: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(output_dir), str(scale), str(kill_at)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def script(*runs: tuple[Path, int, int]) -> list[str]:
+    """Runs of `pipeline_script`, one after the other: what each printed."""
+    words = json.dumps([(str(folder), scale, kill_at) for folder, scale, kill_at in runs])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), words], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -235,18 +241,17 @@ def test_killed_anywhere_ends_in_the_same_result(tmp_path):
     """SIGKILL before and after every rename and removal, and inside stages; then run again."""
     expected = {"numbers/numbers.txt": "5\n", "numbers/deep/more.txt": "6\n"}
     expected["product/product.txt"] = "30\n"
-    before = tmp_path / "before"
-    assert script(before, 3, 0).returncode == 0  # so that the runs below replace older outputs
-    whole = tmp_path / "whole"
-    shutil.copytree(before, whole)
-    moments = int(script(whole, 5, 0).stdout)
+    before, whole = tmp_path / "before", tmp_path / "whole"
+    *_, last = script((before, 3, 0), (whole, 3, 0), (whole, 5, 0))
+    moments = int(last)
     assert outputs(whole) == expected
     assert moments >= 16
-    for kill_at in range(1, moments + 1):
-        run = tmp_path / f"killed at {kill_at}"
-        shutil.copytree(before, run)
-        assert script(run, 5, kill_at).returncode == -9
-        again = script(run, 5, 0)
-        assert again.returncode == 0, again.stderr
-        assert outputs(run) == expected, kill_at
-        assert hidden(run) == [".lock"], kill_at
+    killed = {k: tmp_path / f"killed at {k}" for k in range(1, moments + 1)}
+    for run in killed.values():
+        shutil.copytree(before, run)  # so that the runs replace older outputs
+    printed = script(*((run, 5, at) for k, run in killed.items() for at in (k, 0)))
+    assert printed[::2] == moments * ["killed"]
+    assert len(printed) == 2 * moments and "killed" not in printed[1::2]
+    for k, run in killed.items():
+        assert outputs(run) == expected, k
+        assert hidden(run) == [".lock"], k
