@@ -81,7 +81,7 @@ class StoredParameters:
         entry, dtype = self._stored[name], self.dtypes[name]
         values = torch.empty(stop - start, dtype=dtype)
         begin = entry.begin + start * dtype.itemsize
-        buffer = memoryview(values.view(torch.uint8).numpy())
+        buffer: Any = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(begin)

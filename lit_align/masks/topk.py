@@ -194,7 +194,7 @@ def _mark(scores: OpenScores, cut: _Bin, equals_wanted: int) -> _Marked:
         above, inside = keys > highest, keys >= lowest
         inside ^= above
         places = np.flatnonzero(inside)
-        marked.above += np.count_nonzero(above)
+        marked.above += int(np.count_nonzero(above))
         marked.inside += len(places)
         if cut.shift == 0:
             first = places[: equals_wanted - marked.equals_taken]
