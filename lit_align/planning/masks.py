@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -146,9 +145,16 @@ def planned_mask(model: nn.Module, kind: MaskKind, ratio: float) -> PlannedMask:
     if kind == "elements":
         found = {n: PlannedSelection.of_share(s, ratio) for n, s in shapes.items()}
         return PlannedMask(found, "element")
-    real = _rows if kind == "rows" else _heads if kind == "heads" else _layers
-    chosen = real(model, shapes, ratio)
+    chosen = selections(model, kind, ratio)
     return PlannedMask({n: PlannedSelection.of(s) for n, s in chosen.items()}, kind[:-1])
+
+
+def selections(
+    model: nn.Module, kind: Literal["rows", "heads", "layers"], ratio: float
+) -> dict[str, Selection]:
+    """A share of a model's rows, heads or linear layers, spread evenly, as a real mask has it."""
+    real = {"rows": _rows, "heads": _heads, "layers": _layers}[kind]
+    return real(model, named_shapes(model), ratio)
 
 
 def planned_mask_of_file(model: nn.Module, path: str | Path) -> PlannedMask:
@@ -171,7 +177,9 @@ def _rows(
     for name, shape in shapes.items():
         axis = axes.get(name, 0)
         units = shape[0] if len(shape) == 1 else num_rows(shape, axis)
-        found[name] = Selection.of_rows(shape, torch.from_numpy(_evenly(units, ratio)), axis)
+        found[name] = Selection.of_rows(
+            shape, torch.from_numpy(evenly(units, ceil_share(ratio, units))), axis
+        )
     return found
 
 
@@ -179,7 +187,7 @@ def _heads(
     model: nn.Module, shapes: dict[str, tuple[int, ...]], ratio: float
 ) -> dict[str, Selection]:
     layout = HeadLayout.from_model(model)
-    heads = _evenly(layout.total_heads, ratio)
+    heads = evenly(layout.total_heads, ceil_share(ratio, layout.total_heads))
     chosen = {}
     for block in range(len(layout.blocks)):
         own = heads[heads // layout.num_heads == block] % layout.num_heads
@@ -191,14 +199,13 @@ def _layers(
     model: nn.Module, shapes: dict[str, tuple[int, ...]], ratio: float
 ) -> dict[str, Selection]:
     layers = list(linear_layers(model))
-    chosen = {layers[i] for i in _evenly(len(layers), ratio)}
+    chosen = {layers[i] for i in evenly(len(layers), ceil_share(ratio, len(layers)))}
     return {n: (Selection.all if n in chosen else Selection.none)(s) for n, s in shapes.items()}
 
 
-def _evenly(units: int, ratio: float) -> np.ndarray:
-    """ceil(ratio · units) of the units, spread evenly: increasing int64."""
-    count = ceil_share(ratio, units)
-    return np.array([int(Fraction(i * units, count)) for i in range(count)], np.int64)
+def evenly(units: int, count: int) -> np.ndarray:
+    """`count` of the numbers below `units`, spread evenly: increasing int64."""
+    return np.arange(count, dtype=np.int64) * units // count
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
