@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_align.errors import BenchmarkError
 from lit_align.files import write_atomically
+from lit_align.modules.activation_checkpointing import GradientCheckpointing
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -36,6 +37,7 @@ class Job:
         gradient_clip: largest norm of the gradient.
         mask: file of the mask that training is restricted to.
         saves: whether a checkpoint is written, to count its bytes.
+        checkpointing: see `Method`.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Job:
     gradient_clip: float = 1.0
     mask: str | None = None
     saves: bool = True
+    checkpointing: GradientCheckpointing = False
 
     @property
     def num_pairs(self) -> int:

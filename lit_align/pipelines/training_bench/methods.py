@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 from typing import Literal, TypeAlias
 
+from lit_align.modules.activation_checkpointing import GradientCheckpointing
+
 MaskKind: TypeAlias = Literal["element", "row", "head", "layer"]
 MASK_RATIOS: dict[MaskKind, float] = {"element": 0.1, "row": 0.1, "head": 0.1, "layer": 0.3}
 INSTALL = 'pip install "lit-align[bench]"'
@@ -21,6 +23,8 @@ class Method:
         runner: module of `training_bench.worker` whose `run(job, watch)` trains.
         mask: kind of the mask that training is restricted to; None: no mask.
         needs: packages outside lit-align's own dependencies.
+        checkpointing: which activations are computed again, as `gradient_checkpointing` of
+            lit-align's modules has it.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Method:
     runner: str
     mask: MaskKind | None = None
     needs: tuple[str, ...] = ()
+    checkpointing: GradientCheckpointing = False
 
     @property
     def is_ours(self) -> bool:
@@ -48,11 +53,26 @@ METHODS = {
     for method in (
         Method("rows", "lit-align, 10 % of rows", OURS, "row"),
         Method("elements", "lit-align, 10 % of elements", OURS, "element"),
+        Method("rows-selective", "10 % of rows, selective", OURS, "row", checkpointing="selective"),
+        Method(
+            "elements-selective",
+            "10 % of elements, selective",
+            OURS,
+            "element",
+            checkpointing="selective",
+        ),
         Method("heads", "lit-align, 10 % of heads", OURS, "head"),
         Method("layers", "lit-align, 30 % of layers", OURS, "layer"),
         Method("full", "lit-align, all parameters", OURS),
         Method("trl", "TRL DPOTrainer", "trl_run", needs=TRL_NEEDS),
         Method("trl-precomputed", "TRL, reference precomputed", "trl_run", needs=TRL_NEEDS),
+        Method(
+            "trl-checkpointing",
+            "TRL, gradient checkpointing",
+            "trl_run",
+            needs=TRL_NEEDS,
+            checkpointing=True,
+        ),
         Method("trl-lora", "TRL + peft LoRA", "trl_run", needs=TRL_NEEDS),
         Method("trl-shira", "TRL + peft SHiRA", "trl_run", needs=TRL_NEEDS),
         Method("dense-masked", "dense masked AdamW (ALLO's public code)", "plain_run", "element"),

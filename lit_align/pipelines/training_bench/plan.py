@@ -141,6 +141,7 @@ class Plan:
             device=s.device,
             mask=None if method.mask is None else str(masks / mask_file(method.mask)),
             saves=saves,
+            checkpointing=method.checkpointing,
         )
 
 

@@ -83,6 +83,7 @@ def fit(
         eps=job.eps,
         lr_scheduler="constant",
         warmup_ratio=0.0,
+        gradient_checkpointing=job.checkpointing,
     )
     module.watch = watch
     data = PairsInOrder(

@@ -90,7 +90,7 @@ def run(job: Job, folder: Path, watch: Watch) -> Result:
 
 
 def _config(job: Job, folder: Path) -> trl.DPOConfig:
-    """The job's settings; the others are TRL's defaults, but fp32 and no recomputed activations."""
+    """The job's settings; the others are TRL's defaults, but fp32 and what is recomputed."""
     return trl.DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=job.pairs_per_step,
@@ -106,7 +106,7 @@ def _config(job: Job, folder: Path) -> trl.DPOConfig:
         max_grad_norm=job.gradient_clip,
         precompute_ref_log_probs=job.method == "trl-precomputed",
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=job.checkpointing is True,
         use_cpu=job.device == "cpu",
         dataloader_pin_memory=job.device != "cpu",
         save_strategy="no",
