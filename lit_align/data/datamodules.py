@@ -138,6 +138,7 @@ class PreferenceDataModule(TextDataModule):
     """Preference pairs, for DPO: two sequences a row, chosen and rejected."""
 
     row_type = PreferenceRow
+    default_layout = "shared_prefix"
 
 
 class SFTDataModule(TextDataModule):

@@ -175,9 +175,9 @@ def by_document(
     parts = (tensor.split(layout.lengths, 2) for tensor in (query, key, value))
     outputs = [
         F.scaled_dot_product_attention(
-            *qkv, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         ).transpose(1, 2)
-        for *qkv, mask in zip(*parts, layout.masks(window, query.dtype), strict=True)
+        for q, k, v, mask in zip(*parts, layout.masks(window, query.dtype), strict=True)
     ]
     return torch.cat(outputs, 1)
 
@@ -209,6 +209,7 @@ def by_flex_attention(
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     output = attend(

@@ -12,7 +12,8 @@ from tests.training_runs import instructions, preference_rows, preferences, sft_
 
 
 def test_pairs_in_row_order_with_the_reference(tiny_llama_dir, tmp_path):
-    data = preferences(4, batch_size=3, splits={"predict": preference_rows(7, seed=3)})
+    settings = {"batch_size": 3, "splits": {"predict": preference_rows(7, seed=3)}}
+    data, padded = preferences(4, **settings), preferences(4, layout="padded", **settings)
     output = tmp_path / "there" / "logps.jsonl"
     run = trainer(tmp_path, callbacks=[LogpsWriter(str(output))])
     run.predict(MaskedDPO(str(tiny_llama_dir)), data)
@@ -20,8 +21,9 @@ def test_pairs_in_row_order_with_the_reference(tiny_llama_dir, tmp_path):
     assert [r["row_id"] for r in records] == [i for i in range(7) for _ in range(2)]
     assert [r["role"] for r in records] == ["chosen", "rejected"] * 7
     model, _ = load_language_model(tiny_llama_dir)
+    padded.setup("predict")
     expected = [
-        float(logp) for batch in data.predict_dataloader() for logp in dense_logps(model, batch)
+        float(logp) for batch in padded.predict_dataloader() for logp in dense_logps(model, batch)
     ]
     assert [r["logp"] for r in records] == pytest.approx(expected, rel=1e-4)
     assert [r["ref_logp"] for r in records] == pytest.approx(expected, rel=1e-4)
