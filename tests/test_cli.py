@@ -136,7 +136,6 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _at_workplace(workplace, monkeypatch):
-    torch.set_num_threads(1)
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "argv", ["lit-align"])  # LightningCLI warns of pytest's words
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lit_align.cli import main
 from lit_align.data import UnlearningDataModule
@@ -50,14 +49,11 @@ SMALL = {
     "improve.max_steps": 1, "warm_up.learning_rate": 1e-3, "evaluate.max_new_tokens": 8,
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """A folder that has the configs, and takes what the runs write."""
     (tmp_path / "configs").symlink_to(CONFIGS)
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-align"])  # LightningCLI warns of pytest's words
     return tmp_path

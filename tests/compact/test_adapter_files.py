@@ -29,12 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Models this small only lose by a second thread."""
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
 @pytest.mark.parametrize(("architecture", "tied"), MODELS)
 @torch.no_grad()

@@ -26,13 +26,6 @@ from lit_align.masks.linear_layers import module_names
 from lit_align_kernels.token_logprobs import token_logprobs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Models this small only lose by a second thread."""
-    torch.set_num_threads(1)
-
-
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens.weight"
 MODELS = [("llama", True), ("llama", False), ("gpt2", True)]
 

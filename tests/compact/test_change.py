@@ -20,12 +20,6 @@ from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Models this small only lose by a second thread."""
-    torch.set_num_threads(1)
-
-
 @torch.no_grad()
 def move(model: nn.Module, size: float = 0.1) -> None:
     """As training would: everything that trains takes a step."""

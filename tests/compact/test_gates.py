@@ -26,12 +26,6 @@ CASES = [(*model, change) for model in MODELS for change in ("full", "low-rank")
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Models this small only lose by a second thread."""
-    torch.set_num_threads(1)
-
-
 def make_change(model: nn.Module, kind: str, size: float = 0.05) -> Change:
     """A random change of every linear layer; a full one moves everything else too."""
     g = torch.Generator().manual_seed(2)

@@ -4,7 +4,6 @@ import json
 from itertools import chain
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_align.callbacks import KeyParameterLocalization, LogpsWriter
@@ -20,11 +19,6 @@ from tests.training_runs import trainer as quiet_trainer
 TOKENIZER = tiny_tokenizer()
 PAIRS = [{"prompt": "a" * (i % 7 + 1), "chosen": f" {i}", "rejected": " no"} for i in range(10)]
 ROWS = [{"prompt": f"How many are {i}?", "completion": f" It is {i}."} for i in range(10)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 def write(path, rows):

@@ -6,7 +6,6 @@ import torch
 def _fresh_memory_is_nan():
     """`torch.empty` comes filled with NaN: an entry that nothing wrote shows."""
     assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -69,11 +69,6 @@ def oracle(metric: str, p: np.ndarray, q: np.ndarray) -> float:
     return ((p * np.log(p / m)).sum() + (q * np.log(q / m)).sum()) / 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Saved pairs by layout, each made once."""

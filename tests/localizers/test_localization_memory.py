@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from transformers import LlamaConfig
 
 from lit_align.localizers import select_by_weight_change
@@ -15,12 +14,6 @@ from lit_align.pipelines.localize import localize
 
 HIDDEN = 1024
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """Parts are small: on a busy machine threads would wait for one another at each."""
-    torch.set_num_threads(1)
 
 
 def sparse_model(folder, vocabulary, values=()):

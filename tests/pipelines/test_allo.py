@@ -25,13 +25,10 @@ STAGES = [
     "evaluate_allo",
 ]  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama_dir) -> tuple[Path, dict[str, torch.Tensor]]:
     """The folder of one run with every stage, and the model's weights as training left them."""
-    torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("allo") / "run"
     trained: dict[str, torch.Tensor] = {}
 

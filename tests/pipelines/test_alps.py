@@ -23,13 +23,10 @@ LAYOUT = HeadLayout.from_model(tiny_model())  # 2 blocks of 4 heads in 2 groups
 TOTAL = tiny_model().num_parameters()
 QKV = 2 * (32 + 16 + 16) * 32
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama_dir) -> Path:
     """The folder of one run with every baseline."""
-    torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("alps") / "run"
     tiny_alps(tiny_llama_dir, output, compare={"baselines": BASELINES})
     return output

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lit_align.compact.adapters import AdapterSettings
 from lit_align.data import SFTDataModule
@@ -28,13 +27,10 @@ SFT, PAIRS = str(DATA / "sft.jsonl"), str(DATA / "preference.jsonl")
 SEARCH = ["data", "layers", "change_sft", "scores_sft_last", "masks", "base"]
 LAYERS = list(linear_layers(tiny_model()))  # 2 blocks of 7, and the tied head
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama_dir) -> Path:
     """The folder of one run with every kind of variant."""
-    torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("ila") / "run"
     baselines = ("full", "all", "random", "first", "last", "adalora")
     use = {"freeze": (0.25,), "baselines": baselines, "epochs": 2}

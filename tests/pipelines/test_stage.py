@@ -10,7 +10,6 @@ from lit_align.errors import PipelineError
 from lit_align.pipelines.manifest import load_manifest
 from lit_align.pipelines.stage import Stage, run_stages
 
-pytestmark = pytest.mark.usefixtures("frozen")
 SCRIPT = Path(__file__).with_name("pipeline_script.py")
 
 

@@ -18,7 +18,6 @@ from lit_align.pipelines.training_bench.settings import parser, settings_of
 from lit_align.pipelines.training_bench.worker import __main__ as worker
 from lit_align.pipelines.training_bench.worker.dense_masked_adamw import DenseMaskedAdamW
 
-pytestmark = pytest.mark.usefixtures("frozen")
 DATA = "configs/data/preference.jsonl"
 INSTALLED = ("rows", "full", "dense-masked", "torch")
 
