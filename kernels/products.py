@@ -13,7 +13,7 @@ from torch import Tensor
 
 def has_faster_products() -> bool:
     """Whether oneDNN is there and the faster library for fp32 products on this processor."""
-    return (
+    return bool(
         torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -111,6 +111,6 @@ def use_fast_products(model: nn.Module) -> nn.Module:
     for module in model.modules():
         kind = None if isinstance(module, FastLinear) else linear_kind(module)
         if kind is not None:
-            fast = FastLinear if kind == "linear" else FastConv1D
-            module.__class__ = _fast_class(type(module), fast)
+            original: Any = type(module)
+            module.__class__ = _fast_class(original, FastLinear if kind == "linear" else FastConv1D)
     return model

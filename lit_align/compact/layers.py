@@ -188,7 +188,7 @@ class CompactLinear(CompactModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         weight, state = self._parameters["weight"], compact_state(self)["weight"]
-        assert state.trainable is not None
+        assert state.trainable is not None and weight is not None
         y = _Linear.apply(
             x,
             weight,
