@@ -23,7 +23,7 @@ def words(text: str) -> set[str]:
 
 
 TRAIN = "learning_rate epochs batch_size accumulate weight_decay warmup_ratio lr_scheduler "
-TRAIN += "min_lr_ratio gradient_clip max_length max_steps betas eps"
+TRAIN += "min_lr_ratio gradient_clip max_length layout max_tokens max_steps betas eps"
 DPO_LOSS = "beta loss_type label_smoothing"
 ALLO_GROUPS = {
     "data": "kind train_files held_out_files train_rows held_out_rows held_out_every seed "

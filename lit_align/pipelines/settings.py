@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+from lit_align.data.shared_prefix import Layout
 from lit_align.errors import PipelineError
 from lit_align.losses import DPOLossType
 from lit_align.losses.token_filter import FilterSide
@@ -84,6 +85,9 @@ class TrainSettings:
         min_lr_ratio: of `cosine`: the share of the peak that it ends at.
         gradient_clip: largest norm of the gradient; 0 for none.
         max_length: most tokens of prompt and response.
+        layout: of the batches: `shared_prefix` (packed, a pair's prompt once) or `padded`; None:
+            pairs are packed, other rows padded.
+        max_tokens: of a packed batch, in place of `batch_size`.
         max_steps: stop after so many; -1 for none.
     """
 
@@ -101,6 +105,8 @@ class TrainSettings:
     min_lr_ratio: float = 0.0
     gradient_clip: float = 1.0
     max_length: int = 1024
+    layout: Layout | None = None
+    max_tokens: int | None = None
     max_steps: int = -1
 
     def __post_init__(self) -> None:

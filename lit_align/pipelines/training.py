@@ -32,6 +32,8 @@ def data_settings(settings: TrainSettings, run: RunSettings, folder: Path) -> di
     return {
         "batch_size": settings.batch_size,
         "max_length": settings.max_length,
+        "layout": settings.layout,
+        "max_tokens": settings.max_tokens,
         "seed": run.seed,
         "on_bad_row": "skip",
         "output_dir": str(folder),
