@@ -4,6 +4,16 @@
 class LitAlignError(Exception):
     """Base of every error that lit-align raises about its input."""
 
+    def __str__(self) -> str:
+        """The message, in which what a terminal would act on, or not take, stands as an escape.
+
+        Messages quote names and rows of files that anybody may have written.
+        """
+        return "".join(
+            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+            for c in super().__str__()
+        )
+
 
 class DataError(LitAlignError):
     """Rows of a data file that cannot be used; names file, line and reason."""

@@ -10,12 +10,13 @@ import hashlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,17 +25,33 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_align.config_limits import check_config_file
 from lit_align.errors import ModelError
 from lit_align.gguf_alias import ALIAS, alias_dir
+from lit_align.stored_tensors import StoredTensor, tensors_of_folder, weight_files
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 HASH_CHUNK_BYTES = 1 << 22
 MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
 NF4_NEEDS = (
     "pip install 'lit-align[qlora]' on a machine with a device that bitsandbytes knows, or train "
     "without quantization"
+)
+
+# What transformers raises, of itself or from below, at a folder whose files are not what they
+# should be: it checks few of them before it uses them.
+UNUSABLE: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
 )
 
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
@@ -70,25 +87,53 @@ def load_language_model(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     base_fingerprint = fingerprint(folder)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
-            local_files_only=True,
             **quantized,
         )
-    except (ImportError, RuntimeError) as error:
-        if nf4_on is None:
+    except ModelError as error:
+        if nf4_on is None or not isinstance(error.__cause__, ImportError | RuntimeError):
             raise
-        raise ModelError(f"NF4 weights cannot be made on {nf4_on}: {error}; {NF4_NEEDS}") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+        reason = error.__cause__
+        raise ModelError(
+            f"NF4 weights cannot be made on {nf4_on}: {reason}; {NF4_NEEDS}"
+        ) from error
     if nf4_on is not None and nf4_on.type == "cpu":
         _keep_trainable(model)
     model.base_fingerprint = base_fingerprint
     model.base_dir = folder
     return model.eval(), tokenizer
+
+
+def pretrained(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The causal language model of a folder, whole.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: let it bring code of its own.
+        options: of `from_pretrained`.
+
+    Raises:
+        ModelError: the folder is not a causal LM's, is damaged, or lacks a tensor that the model
+            has, which transformers would fill with random numbers.
+    """
+    check_config_file(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except UNUSABLE as error:
+        raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ModelError(f"{folder} lacks {lacking[0]!r}, which its model has")
+    return model
 
 
 def _nf4_settings(device: torch.device, dtype: Any) -> dict[str, Any]:
@@ -127,7 +172,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # tokenizers says what is wrong with a file by an `Exception` of no class of its own.
+        if type(error) is not Exception and not isinstance(error, UNUSABLE):
+            raise
         raise ModelError(f"cannot load a tokenizer from {folder}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token")
@@ -207,69 +255,11 @@ def fingerprint(folder: str | Path) -> str:
     key = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     if key not in _fingerprints:
         digest = hashlib.sha256()
-        for entry in sorted(
-            (t for file in files for t in stored_tensors(file)), key=lambda t: t.name
-        ):
+        for _, entry in sorted(tensors_of_folder(folder).items()):
             digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
             _hash_range(digest, entry)
         _fingerprints[key] = digest.hexdigest()
     return _fingerprints[key]
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files that make up a model folder, sharded or not, sorted by name.
-
-    Raises:
-        ModelError: There are none, the index is damaged, or a shard is absent.
-    """
-    folder = Path(folder)
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise ModelError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} is damaged: {error}") from error
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(f"{index} names {name}, which is not a file in {folder}")
-    return [folder / name for name in names]
-
-
-class StoredTensor(NamedTuple):
-    """Where a safetensors file holds a tensor."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    file: Path
-    begin: int  # of its bytes in the file
-    end: int
-
-
-def stored_tensors(file: Path) -> Iterator[StoredTensor]:
-    """The header of a safetensors file, checked against the file's size.
-
-    Raises:
-        ModelError: the file is damaged or incomplete.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if header_bytes > size - 8:
-                raise ModelError(f"{file} is damaged or truncated: its header does not fit in it")
-            header: dict[str, Any] = json.loads(stream.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-            if not 8 + header_bytes <= begin <= end <= size:
-                raise ModelError(f"{file} is damaged or truncated: {name} does not fit in it")
-            yield StoredTensor(name, entry["dtype"], entry["shape"], file, begin, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged: {error!r}") from error
 
 
 def _hash_range(digest: Any, tensor: StoredTensor) -> None:

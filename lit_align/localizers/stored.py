@@ -11,9 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lit_align.config_limits import check_config_file
 from lit_align.errors import LocalizationError, ModelError
-from lit_align.language_model import StoredTensor, stored_tensors, weight_files
+from lit_align.language_model import UNUSABLE, pretrained
 from lit_align.masks import named_shapes
+from lit_align.shards import FlatTensors
+from lit_align.stored_tensors import StoredTensor, tensors_of_folder
 
 _FLOATS = {
     "F64": torch.float64,
@@ -51,7 +54,7 @@ class StoredParameters:
         self._open: dict[Path, Any] = {}
         self._loaded: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        stored = _inspect(self.folder)
+        stored = tensors_of_folder(self.folder)
         if all(n in stored and tuple(stored[n].shape) == shape for n, shape in shapes.items()):
             self._stored = {name: _checked(stored[name]) for name in shapes}
             self.dtypes = {name: _FLOATS[entry.dtype] for name, entry in self._stored.items()}
@@ -131,11 +134,11 @@ class ParametersInMemory:
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.shapes = named_shapes(parameters)
         self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        self._flat = {name: p.detach().reshape(-1) for name, p in parameters.items()}
+        self._flat = FlatTensors(parameters)
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Flat positions [start, stop) of one parameter in fp32, on the CPU; not to be written."""
-        return self._flat[name][start:stop].to("cpu", torch.float32)
+        return self._flat.part(name, start, stop).to("cpu", torch.float32)
 
 
 Parameters = nn.Module | Mapping[str, Tensor] | str | Path
@@ -176,8 +179,11 @@ def meta_model(folder: str | Path) -> Any:
     config = read_config(folder)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+            # Every architecture has this attention, and a config may not name another program's.
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
+    except UNUSABLE as error:
         raise ModelError(f"{folder}: no config of a causal language model: {error}") from error
 
 
@@ -189,9 +195,10 @@ def read_config(folder: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
+    check_config_file(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UNUSABLE as error:
         raise ModelError(f"{folder}: no config of a causal language model: {error}") from error
 
 
@@ -203,7 +210,7 @@ def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelError: the folder has no safetensors, or a file is damaged.
     """
-    found = _inspect(Path(folder))
+    found = tensors_of_folder(folder)
     return {name: tuple(found[name].shape) for name in sorted(found, key=_by_number)}
 
 
@@ -212,28 +219,16 @@ def _by_number(name: str) -> list[tuple[bool, int, str]]:
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in name.split(".")]
 
 
-def _inspect(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder, from the headers alone."""
-    return {entry.name: entry for path in weight_files(folder) for entry in stored_tensors(path)}
-
-
 def _checked(entry: StoredTensor) -> StoredTensor:
     if entry.dtype not in _FLOATS:
         raise LocalizationError(
             f"{entry.file.parent}: {entry.name!r} is stored as {entry.dtype}, not as floats"
         )
-    if entry.end - entry.begin != math.prod(entry.shape) * _FLOATS[entry.dtype].itemsize:
-        raise ModelError(f"{entry.file} is damaged: {entry.name!r} has not the size of its shape")
     return entry
 
 
 def _load_converted(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+    model = pretrained(folder, dtype="auto")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, shape in shapes.items():
         if name not in parameters:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lit_align.config_limits import check_counts
 from lit_align.errors import ModelError
 from lit_align.gguf_alias import ALIAS
-from lit_align.language_model import resolve_model
+from lit_align.language_model import UNUSABLE, resolve_model
 
 _SHIPPED = resources.files("lit_align.planning") / "configs"
 
@@ -39,7 +40,7 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
         path = _folder(name_or_path) / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no model configuration: {error}") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} is no model configuration: not a JSON object")
@@ -55,13 +56,14 @@ def _folder(name: str) -> Path:
 
 
 def _from_dict(settings: dict[str, object], source: str) -> PreTrainedConfig:
+    check_counts(settings, source)
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{source} is no model configuration: it has no model_type")
     try:
         rest = {name: value for name, value in settings.items() if name != "model_type"}
         return AutoConfig.for_model(kind, **rest)
-    except (ValueError, TypeError, KeyError) as error:
+    except UNUSABLE as error:
         raise ModelError(f"{source} is a configuration that is not known: {error}") from error
 
 
@@ -73,6 +75,6 @@ def weightless_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrained
     """
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except ValueError as error:
+    except UNUSABLE as error:
         raise ModelError(f"no causal language model for {config.model_type}: {error}") from error
     return model.eval()

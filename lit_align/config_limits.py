@@ -1,0 +1,54 @@
+"""What a model's `config.json` may ask for: transformers makes lists and modules as it says."""
+
+from __future__ import annotations
+
+import json  # the strict reader would not do: configurations may hold Infinity
+import re
+from pathlib import Path
+from typing import Any
+
+from lit_align.errors import ModelError
+from lit_align.strict_json import MAX_BYTES, check_depth
+
+CONFIG_FILE = "config.json"
+COUNTED = re.compile(r".*(layers?|blocks|experts|groups|depth)")  # names of how many there are
+MOST = 10_000
+
+
+def check_counts(settings: Any, source: str | Path) -> None:
+    """Refuse a configuration whose model could not be listed, let alone held.
+
+    Raises:
+        ModelError: more than 10,000 layers, experts or the like; names the setting.
+    """
+    try:
+        check_depth(settings)
+    except ValueError as error:
+        raise ModelError(f"{source} is no model configuration: {error}") from error
+    level = [settings]
+    while level:
+        objects = [each for each in level if isinstance(each, dict)]
+        for name, value in ((n, v) for each in objects for n, v in each.items()):
+            if COUNTED.fullmatch(name) and isinstance(value, int | float) and abs(value) > MOST:
+                raise ModelError(f"{source}: {name!r:.80} is {value!r:.40}: no model has so many")
+        level = [v for o in objects for v in o.values()]
+
+
+def check_config_file(folder: str | Path) -> None:
+    """`check_counts` of a model folder's configuration, where it has one.
+
+    Raises:
+        ModelError: as `check_counts`, or the file is no JSON.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        return  # transformers says so in its own words
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no model configuration: {error}") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path} is no model configuration: no JSON object")
+    check_counts(settings, path)
