@@ -52,17 +52,11 @@ class Delta:
         path = Path(path)
         try:
             mask = ParameterMask.load(path, extra_prefix=VALUES_PREFIX)
-            values = io.read_extra(path, VALUES_PREFIX)
+            counts = {name: mask.selections[name].count() for name in selected_names(mask)}
+            values = io.read_extra(path, VALUES_PREFIX, counts)
         except MaskError as error:
             raise DeltaError(f"not a delta: {error}") from error
-        for name in selected_names(mask):
-            count = mask.selections[name].count()
-            if name not in values or values[name].shape != (count,):
-                raise DeltaError(f"{path}: {name!r} needs {count} values")
-            if not values[name].is_floating_point():
-                raise DeltaError(f"{path}: the values of {name!r} are {values[name].dtype}")
-        if set(values) != set(selected_names(mask)):
-            raise DeltaError(f"{path}: values of parameters that its mask does not select")
+        _check_finite(f"{path}: damaged", values)
         if mask.metadata.extra.get(CHECKSUM) != _checksum(values):
             raise DeltaError(f"{path}: damaged: its values are not those that were saved")
         return cls(mask, values)
@@ -76,6 +70,12 @@ class Delta:
 def selected_names(mask: ParameterMask) -> list[str]:
     """Parameters of which the mask selects something."""
     return [name for name, s in mask.selections.items() if s.kind != "none"]
+
+
+def _check_finite(what: str, values: Mapping[str, Tensor]) -> None:
+    for name, of_one in values.items():
+        if not bool(torch.isfinite(of_one).all()):
+            raise DeltaError(f"{what}: the values of {name!r} are not all finite")
 
 
 def _checksum(values: Mapping[str, Tensor]) -> str:
@@ -119,7 +119,7 @@ def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None 
             this model.
 
     Raises:
-        DeltaError: no mask is known.
+        DeltaError: no mask is known, or a value is NaN or infinite.
         MaskError: the mask belongs to another model.
     """
     mask = changed_mask(model) if mask is None else mask
@@ -130,6 +130,7 @@ def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None 
         n: gather_entries(parameters[n].detach(), _entries_on(mask, n, parameters[n])).cpu()
         for n in selected_names(mask)
     }
+    _check_finite("not a model to export", values)
     metadata = dataclasses.replace(
         mask.metadata,
         base_fingerprint=mask.metadata.base_fingerprint or base,

@@ -22,6 +22,7 @@ from lit_align.masks.granularity import Selection
 from lit_align.masks.linear_layers import module_names, output_head
 from lit_align.masks.metadata import MaskMetadata
 from lit_align.masks.parameter_mask import ParameterMask, named_shapes
+from lit_align.strict_json import read_json_file
 
 CHUNK = 2**22  # entries; a multiple of 8, so that chunks end on a byte of the bitmap
 ALL_LINEAR = "all-linear"
@@ -191,7 +192,7 @@ def read_targets(path: str | Path) -> list[str] | str:
     """
     path = Path(path)
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        document: Any = read_json_file(path)
     except (OSError, ValueError) as error:
         raise MaskError(f"{path}: cannot be read as JSON: {error}") from error
     targets: Any = document.get("target_modules") if isinstance(document, dict) else None
@@ -221,6 +222,7 @@ def _load_tensors(path: Path) -> Mapping[str, Tensor]:
         raise MaskError(f"{path}: holds no dict of tensors but {type(loaded).__name__}")
     for name, tensor in loaded.items():
         strided = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        strided = strided and tensor.device.type == "cpu"  # or one without values
         if not isinstance(name, str) or not strided or tensor.is_quantized:
             raise MaskError(f"{path}: {name!r:.80} is no dense tensor under a name")
     return loaded

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,16 @@ from lit_align.files import write_atomically
 from lit_align.masks import bitmap as bits
 from lit_align.masks.granularity import Selection, num_rows
 from lit_align.masks.metadata import MaskMetadata
+from lit_align.strict_json import parse_json
 
 _KEY = "lit_align.parameter_mask"
 _DOCUMENT_KEYS = {"metadata", "parameters", "digest"}
+FLOATS = ("F16", "BF16", "F32", "F64")
+MAX_DIMENSIONS = 16  # more make products of shapes slow, and torch knows no more than 64
+# Rows of a parameter are a few bytes in a file, whatever size it says that the parameter has, and
+# its entries are gone through for the digest. No model of today comes near either.
+MAX_ENTRIES_WITH_ROWS = 2**36
+MAX_ALL_ENTRIES_WITH_ROWS = 2**41
 _PARAMETER_KEYS = {"name", "kind", "shape", "axis"}
 
 
@@ -52,10 +60,13 @@ def write(
     try:
         document["checksum"] = _checksum(document)
         text = json.dumps(document, allow_nan=False)
+        parse_json(text)  # what could not be read is not written
     except (TypeError, ValueError) as error:
         raise MaskError(f"{path}: the mask's metadata does not fit JSON: {error}") from error
     tensors = {name: t for name, s in selections.items() if (t := _tensor(s)) is not None}
     tensors |= extra_tensors or {}
+    for parameter in document["parameters"]:
+        _check_parameter(path, parameter)  # or nobody could read it
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, {_KEY: text}))
 
@@ -86,16 +97,34 @@ def read(
     return selections, metadata, document["digest"]
 
 
-def read_extra(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, by the rest of their names.
+def read_extra(path: Path, prefix: str, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The values under a prefix, by the rest of their names.
+
+    Args:
+        path: the file.
+        prefix: of their names.
+        counts: how many values there have to be under every name, and under no other.
 
     Raises:
-        MaskError: the file is missing, damaged or truncated.
+        MaskError: the file is missing, damaged or truncated, or the values are others; known
+            before they are read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            return {name[len(prefix) :]: file.get_tensor(name).clone() for name in names}
+            for name in sorted(counts.keys() - {name.removeprefix(prefix) for name in names}):
+                raise MaskError(f"{path}: {name!r} needs {counts[name]} values")
+            if len(names) > len(counts):
+                raise MaskError(f"{path}: values of parameters that its mask does not select")
+            for name, count in counts.items():
+                stored = file.get_slice(prefix + name)
+                dtype, size = stored.get_dtype(), stored.get_shape()
+                if dtype not in FLOATS or size != [count]:
+                    raise MaskError(
+                        f"{path}: {name!r} needs {count} values that are floats; it has {dtype} "
+                        f"of shape {size}"
+                    )
+            return {name: file.get_tensor(prefix + name).clone() for name in counts}
     except (SafetensorError, OSError) as error:
         raise MaskError(f"{path}: cannot be read: {error}") from error
 
@@ -122,10 +151,10 @@ def _document(path: Path, text: str | None) -> dict[str, Any]:
     if text is None:
         raise MaskError(f"{path}: not a mask (no {_KEY!r} in its metadata)")
     try:
-        document = json.loads(text)
+        document = parse_json(text)
         checksum = document.pop("checksum")
         intact = checksum == _checksum(document) and set(document) == _DOCUMENT_KEYS
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise MaskError(f"{path}: its JSON document is damaged: {error!r}") from error
     if not intact or not isinstance(document["metadata"], dict):
         raise MaskError(f"{path}: its JSON document is damaged: the checksum does not match")
@@ -133,6 +162,9 @@ def _document(path: Path, text: str | None) -> dict[str, Any]:
         raise MaskError(f"{path}: the list of parameters is missing")
     for parameter in document["parameters"]:
         _check_parameter(path, parameter)
+    of_rows = [math.prod(p["shape"]) for p in document["parameters"] if p["kind"] == "rows"]
+    if max(of_rows, default=0) > MAX_ENTRIES_WITH_ROWS or sum(of_rows) > MAX_ALL_ENTRIES_WITH_ROWS:
+        raise MaskError(f"{path}: its parameters would have {sum(of_rows)} entries: no model has")
     return document
 
 
@@ -141,8 +173,10 @@ def _check_parameter(path: Path, parameter: Any) -> None:
         isinstance(parameter, dict)
         and set(parameter) == _PARAMETER_KEYS
         and isinstance(parameter["name"], str)
+        and parameter["name"].isprintable()  # half a surrogate pair names no tensor
         and isinstance(parameter["kind"], str)
         and isinstance(parameter["shape"], list)
+        and len(parameter["shape"]) <= MAX_DIMENSIONS
         and all(type(n) is int for n in parameter["shape"])
         and type(parameter["axis"]) is int
     )
@@ -182,5 +216,7 @@ def _check_size(empty: Selection, parameter: dict[str, Any], stored: Any) -> Non
     if parameter["kind"] == "elements":
         if dtype != "U8" or size != [bits.num_bytes(empty.numel)]:
             raise MaskError(f"a bitmap over {empty.numel} entries is stored as {dtype} {size}")
+    elif len(empty.shape) < 2:
+        raise MaskError(f"a parameter of shape {empty.shape} has no rows")
     elif dtype not in ("I32", "I64") or len(size) != 1 or size[0] > empty.numel:
         raise MaskError(f"row indices are stored as {dtype} {size}")

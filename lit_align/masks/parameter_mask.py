@@ -17,6 +17,7 @@ from lit_align.errors import MaskError
 from lit_align.masks import io, table
 from lit_align.masks.granularity import Selection
 from lit_align.masks.metadata import MaskMetadata, combine, complement
+from lit_align.masks.packed_parts import packed_parts
 from lit_align_kernels.entries import Entries
 
 Shapes = nn.Module | Mapping[str, Any]
@@ -126,7 +127,8 @@ class ParameterMask:
             count = selection.count()
             sha.update(json.dumps([name, selection.shape, count]).encode() + b"\n")
             if 0 < count < selection.numel:
-                sha.update(selection.packed().data)
+                for part in packed_parts(selection):
+                    sha.update(part.data)
         return sha.hexdigest()
 
     def table(self) -> list[dict[str, Any]]:

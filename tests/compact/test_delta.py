@@ -227,14 +227,14 @@ def test_forged_values_are_refused_by_name(delta_path, tmp_path):
     cases = {
         "needs": lambda t: t.pop(name),
         "needs ": lambda t: t.update({name: t[name][:-1].clone()}),
-        "int64": lambda t: t.update({name: t[name].long()}),
+        "I64": lambda t: t.update({name: t[name].long()}),
         "not those": lambda t: t.update({name: t[name] + 1}),
         "does not select": lambda t: t.update({"values.unknown": t[name].clone()}),
     }
     for message, change in cases.items():
         with pytest.raises(DeltaError, match=message) as error:
             Delta.load(forge(delta_path, tmp_path / "forged", change))
-        if message.startswith(("needs", "int64")):
+        if message.startswith(("needs", "I64")):
             assert parameter in str(error.value)
 
 
