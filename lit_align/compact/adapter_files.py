@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-from peft.tuners.lora import LoraConfig
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from lit_align.compact.adapter_layers import ADAPTER, adapted_modules, adapter_state, full_shapes
 from lit_align.compact.low_rank import LowRank
 from lit_align.errors import ModelError
+from lit_align.masks.io import FLOATS
 from lit_align.masks.linear_layers import linear_layers, module_names
+from lit_align.stored_tensors import stored_tensors
+from lit_align.strict_json import read_json_file
 
 PREFIX = "base_model.model."  # of module paths in peft's files
 ORIGIN_FILE = "lit_align.json"  # whose adapters they are
@@ -98,34 +101,63 @@ def load_adapters(folder: str | Path, model: nn.Module) -> dict[str, LowRank]:
         path, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if path not in names or factor not in ("lora_A", "lora_B", "lora_E"):
             raise ModelError(f"{folder}: {key!r} is no factor of a linear layer of this model")
-        found.setdefault(names[path], {})[factor] = value.float()
+        if factor in found.setdefault(names[path], {}):
+            raise ModelError(f"{folder}: {factor} of {names[path]} is there twice")
+        found[names[path]][factor] = value.float()
     changes = {name: _change(folder, name, found[name], config) for name in found}
     _check_shapes(folder, changes, model)
     return {name: changes[name] for name in names.values() if name in changes}
 
 
-def _read_config(folder: Path) -> LoraConfig:
-    if not (folder / CONFIG_NAME).is_file():
+@dataclasses.dataclass(frozen=True)
+class _Scaling:
+    """What of peft's settings says how large ΔW is."""
+
+    is_adaptive: bool
+    lora_alpha: float
+    init_r: int
+    use_rslora: bool
+
+    def of_rank(self, rank: int) -> float:
+        """The factor before B A."""
+        if self.is_adaptive:
+            return self.lora_alpha / (self.init_r + 1e-5)
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def _read_config(folder: Path) -> _Scaling:
+    """Of the file alone: peft's classes take any type for any of their settings."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
         raise ModelError(f"{folder} has no {CONFIG_NAME}: it holds no adapters")
     try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder / CONFIG_NAME} is damaged: {error}") from error
-    if not isinstance(config, LoraConfig):  # AdaLoraConfig is one
-        raise ModelError(
-            f"{folder}: adapters of kind {config.peft_type}; LoRA and AdaLoRA are read"
-        )
+        config = read_json_file(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is damaged: no JSON object")
+    if (kind := config.get("peft_type")) not in ("LORA", "ADALORA"):
+        raise ModelError(f"{folder}: adapters of kind {kind!r:.40}; LoRA and AdaLoRA are read")
     for name, plain in NOT_READ.items():
-        if (getattr(config, name, None) or None) not in (plain or None, None):
-            raise ModelError(f"{folder / CONFIG_NAME}: adapters with {name} are not read")
-    return config
+        if (config.get(name) or None) not in (plain or None, None):
+            raise ModelError(f"{path}: adapters with {name} are not read")
+    alpha, rank = config.get("lora_alpha"), config.get("init_r", 12)  # peft's own
+    use_rslora = config.get("use_rslora", False)
+    if type(alpha) not in (int, float) or type(rank) is not int or rank < 1:
+        raise ModelError(f"{path} is damaged: lora_alpha and init_r are no numbers")
+    if type(use_rslora) is not bool:
+        raise ModelError(f"{path} is damaged: use_rslora is neither true nor false")
+    return _Scaling(kind == "ADALORA", float(alpha), rank, use_rslora)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
+        for tensor in stored_tensors(path):
+            if tensor.dtype not in FLOATS:
+                raise ModelError(f"{tensor.name!r} is stored as {tensor.dtype}, not as floats")
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ModelError) as error:
         raise ModelError(f"{path}: missing or damaged: {error}") from error
 
 
@@ -134,14 +166,16 @@ def _check_origin(folder: Path, model: nn.Module) -> None:
     if not path.is_file():
         return  # of peft: it knows no fingerprint
     try:
-        record = json.loads(path.read_text())
+        record = read_json_file(path)
         base, delta = record["base_fingerprint"], record["delta_mask_digest"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(base, str | None) or not isinstance(delta, str | None):
+            raise ValueError("what the adapters were trained on is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged: {error!r}") from error
     ours = _origin(model)
     if None not in (base, ours["base_fingerprint"]) and base != ours["base_fingerprint"]:
         raise ModelError(
-            f"{folder} has adapters of a model with fingerprint {base}, this one's is "
+            f"{folder} has adapters of a model with fingerprint {base:.64}, this one's is "
             f"{ours['base_fingerprint']}"
         )
     if delta != ours["delta_mask_digest"]:
@@ -149,21 +183,21 @@ def _check_origin(folder: Path, model: nn.Module) -> None:
         raise ModelError(f"{folder} has adapters of the base {state} a delta: load it {state} it")
 
 
-def _change(folder: Path, name: str, factors: dict[str, Tensor], config: Any) -> LowRank:
+def _change(folder: Path, name: str, factors: dict[str, Tensor], scaling: _Scaling) -> LowRank:
     """ΔW = scale · B A of one layer."""
-    is_adaptive = config.peft_type == "ADALORA"
-    expected = {"lora_A", "lora_B"} | ({"lora_E"} if is_adaptive else set())
+    expected = {"lora_A", "lora_B"} | ({"lora_E"} if scaling.is_adaptive else set())
     if set(factors) != expected:
         raise ModelError(f"{folder}: {name} has {sorted(factors)}, not {sorted(expected)}")
     a, b = factors["lora_A"], factors["lora_B"]
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
         raise ModelError(f"{folder}: {name}: A {tuple(a.shape)} and B {tuple(b.shape)}")
-    if is_adaptive:
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
+        raise ModelError(f"{folder}: {name}: its factors are not all finite")
+    if scaling.is_adaptive:
         if factors["lora_E"].shape != (len(a), 1):
             raise ModelError(f"{folder}: {name}: E {tuple(factors['lora_E'].shape)}")
-        return LowRank(a * factors["lora_E"], b, config.lora_alpha / (config.init_r + 1e-5))
-    rank = len(a) ** 0.5 if config.use_rslora else len(a)
-    return LowRank(a, b, config.lora_alpha / rank)
+        a = a * factors["lora_E"]
+    return LowRank(a, b, scaling.of_rank(b.shape[1]))
 
 
 def _check_shapes(folder: Path, changes: dict[str, LowRank], model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from lit_align.files import write_atomically
 from lit_align.masks import MaskMetadata, ParameterMask, Selection, named_shapes
 from lit_align.masks.select import ceil_share
 from lit_align.masks.topk import top_k
+from lit_align.strict_json import read_json_file
 
 FORMAT_VERSION = 1
 SATURATED = 0.01  # a gate this near to 0 or 1 has next to no gradient left
@@ -105,23 +105,45 @@ def read_scores(path: str | Path) -> LayerScores:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json_file(path)
         version = document.pop("format_version")
         known = {field.name for field in dataclasses.fields(LayerScores)}
-        values = {name: value for name, value in document.items() if name in known}
-        values["unscored"] = tuple(values["unscored"])
-        scores = LayerScores(**values)
-        finite = all(type(s) in (int, float) and math.isfinite(s) for s in scores.layers.values())
+        scores = LayerScores(**{name: v for name, v in document.items() if name in known})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LocalizationError(f"{path}: not a file of layer scores: {error!r}") from error
     if version != FORMAT_VERSION:
         raise LocalizationError(
-            f"{path}: format version {version} of layer scores; this lit-align reads "
+            f"{path}: format version {version!r:.40} of layer scores; this lit-align reads "
             f"{FORMAT_VERSION}"
         )
-    if not scores.layers or not finite:
-        raise LocalizationError(f"{path}: damaged: layer scores are finite numbers, at least one")
-    return scores
+    if fault := _fault(scores):
+        raise LocalizationError(f"{path}: damaged: {fault}")
+    return dataclasses.replace(scores, unscored=tuple(scores.unscored))
+
+
+def _fault(scores: LayerScores) -> str | None:
+    """What is wrong with scores from a file; None where nothing is."""
+    layers: Any = scores.layers
+    if not isinstance(layers, dict) or not layers or not all(map(_is_number, layers.values())):
+        return "layer scores are finite numbers, at least one"
+    if not _are_names(list(layers)) or not _are_names(scores.unscored):
+        return "the names of its layers are no lists of names"
+    if not _is_number(scores.initial_score) or type(scores.steps) is not int or scores.steps < 0:
+        return "initial_score and steps are no numbers"
+    texts = (scores.base_fingerprint, scores.change, scores.loss)
+    if not all(text is None or isinstance(text, str) for text in texts):
+        return "base_fingerprint, change and loss are no texts"
+    return None if isinstance(scores.extra, dict) else "extra is no object"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # strict_json lets no infinity and no NaN through
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(name, str) and name.isprintable() for name in values
+    )
 
 
 def layer_gate_mask(

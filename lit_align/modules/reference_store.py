@@ -22,10 +22,12 @@ from safetensors.numpy import save
 
 from lit_align.errors import TrainingError
 from lit_align.files import write_atomically
+from lit_align.strict_json import parse_json
 
 Logps: TypeAlias = dict[bytes, np.ndarray]  # digest of a sequence → (N,) fp32, in nats
 FORMAT = "lit-align reference log-probs 1"
 DIGEST_BYTES = 32
+SHOWN_DIFFERENCES = 8
 # name → (dtype in the file, number of dimensions)
 TENSORS = {"logps": ("F32", 1), "lengths": ("I64", 1), "digests": ("U8", 2)}
 # Of a token that is all but certain, log-sum-exp's rounding may leave a little more than 0.
@@ -128,8 +130,8 @@ class ReferenceStore:
         if metadata.get("format") != FORMAT:
             raise _damaged(path, f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
         try:
-            theirs = json.loads(metadata.get("key", ""))
-        except (ValueError, RecursionError) as error:
+            theirs = parse_json(metadata.get("key", ""))
+        except ValueError as error:
             raise _damaged(path, "its key is no JSON") from error
         if not isinstance(theirs, dict):
             raise _damaged(path, "its key is no JSON object")
@@ -137,8 +139,8 @@ class ReferenceStore:
         differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if differing:
             what = ", ".join(
-                f"{k} ({_short(theirs.get(k))} there, {_short(ours.get(k))} here)"
-                for k in differing
+                f"{_short(k)} ({_short(theirs.get(k))} there, {_short(ours.get(k))} here)"
+                for k in differing[:SHOWN_DIFFERENCES]
             )
             raise TrainingError(
                 f"reference_cache {path.parent} holds reference log-probs of another run: {what}; "
@@ -147,7 +149,7 @@ class ReferenceStore:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "".join(c if c.isprintable() else " " for c in str(value))
     return text if len(text) <= 40 else text[:12] + "…"
 
 
@@ -171,6 +173,9 @@ def _check_values(
     if metadata.get("checksum") != _checksum(metadata["key"], tensors):
         raise _damaged(path, "its checksum does not match")
     lengths, logps = tensors["lengths"], tensors["logps"]
+    digests = tensors["digests"]
+    if len({row.tobytes() for row in digests}) < len(digests):
+        raise _damaged(path, "a digest is there twice")
     # Each on its own first: a sum of any numbers could overflow to the right one.
     in_range = lengths.min(initial=1) >= 1 and lengths.max(initial=0) <= len(logps)
     if not in_range or lengths.sum() != len(logps):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_align.errors import PipelineError
 from lit_align.files import sha256_of_file, write_atomically
+from lit_align.strict_json import read_json_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -92,10 +93,11 @@ def load_manifest(output_dir: Path) -> Manifest:
     if not path.exists():
         return Manifest()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
         if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version {content['format_version']!r} is not known")
+            raise ValueError(f"format_version {content['format_version']!r:.40} is not known")
         records = [_stage_record(entry) for entry in content["stages"]]
+        _require(len({record.name for record in records}) == len(records), "a stage twice")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(
             f"{path} cannot be used ({type(error).__name__}: {error}); restore it, or choose "
@@ -113,28 +115,58 @@ def _stage_record(entry: dict[str, Any]) -> StageRecord:
             "inputs": tuple(dict(given) for given in entry["inputs"]),
         }
     )
-    _require(bool(STAGE_NAME.fullmatch(record.name)), f"{record.name!r} is not a stage's name")
-    _require(bool(SHA256.fullmatch(record.hash)), f"hash {record.hash!r} of {record.name!r}")
-    _require(isinstance(record.config, dict), f"config of {record.name!r} is not a mapping")
-    _require(bool(record.files), f"{record.name!r} lists no file")
-    _require(isinstance(record.seconds, int | float), f"seconds of {record.name!r}")
+    _require(_is_text(STAGE_NAME, record.name), f"the stage's name {record.name!r:.80}")
+    _require(_is_text(SHA256, record.hash), f"hash of {record.name!r}")
+    _require(isinstance(record.config, dict), f"config of {record.name!r}")
+    _require(all(map(_is_input, record.inputs)), f"an input of {record.name!r}")
+    _require(bool(record.files), f"{record.name!r} without a file")
+    paths = {file.path for file in record.files}
+    _require(len(paths) == len(record.files), f"{record.name!r} with a file that is there twice")
+    _require(_is_size(record.seconds), f"seconds of {record.name!r}")
+    peak = record.peak_rss_mib
+    _require(peak is None or _is_size(peak), f"peak_rss_mib of {record.name!r}")
     _require(record.peak_rss_scope in PEAK_SCOPES, f"peak_rss_scope of {record.name!r}")
+    texts = record.version, record.finished_at
+    _require(all(isinstance(text, str) for text in texts), f"version or time of {record.name!r}")
     return record
 
 
 def _file_record(entry: dict[str, Any]) -> FileRecord:
     file = FileRecord(**entry)
-    _require(is_inside(file.path), f"path {file.path!r}")
-    _require(isinstance(file.size_bytes, int) and file.size_bytes >= 0, f"size of {file.path!r}")
-    _require(bool(SHA256.fullmatch(file.sha256)), f"sha256 of {file.path!r}")
+    _require(isinstance(file.path, str) and is_inside(file.path), f"path {file.path!r:.200}")
+    is_size = type(file.size_bytes) is int and file.size_bytes >= 0
+    _require(is_size, f"size of {file.path!r}")
+    _require(_is_text(SHA256, file.sha256), f"sha256 of {file.path!r}")
     return file
 
 
 def is_inside(path: str) -> bool:
-    """Whether a relative POSIX path can only mean a file below the folder it is joined to."""
+    """Whether a relative POSIX path can only mean a file below the folder it is joined to.
+
+    One that no file system takes, or that would act on a terminal, is none either.
+    """
     parts = PurePosixPath(path)
     climbs = parts.is_absolute() or ".." in parts.parts or PureWindowsPath(path).drive
-    return not climbs and str(parts) == path and path != "." and not re.search(r"[\\\0]", path)
+    if climbs or str(parts) != path or path == "." or "\\" in path or not path.isprintable():
+        return False
+    return len(path) <= 1024 and all(len(part.encode()) <= 255 for part in parts.parts)
+
+
+def _is_input(given: dict[str, Any]) -> bool:
+    named = given.keys() in ({"stage", "sha256"}, {"path", "sha256"})
+    return (
+        named
+        and all(isinstance(v, str) for v in given.values())
+        and _is_text(SHA256, given["sha256"])
+    )
+
+
+def _is_text(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and bool(pattern.fullmatch(value))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
 
 
 def _require(holds: bool, what: str) -> None:

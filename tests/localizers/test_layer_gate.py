@@ -95,8 +95,8 @@ def test_impossible_ratios(ratio):
         ('{"format_version": 9, "layers": {"q": 1.0}, "unscored": []}', "format version 9"),
         ('{"format_version": 1, "layers": {}, "unscored": []}', "at least one"),
         ('{"format_version": 1, "layers": {"q": "4"}, "unscored": []}', "finite numbers"),
-        ('{"format_version": 1, "layers": {"q": NaN}, "unscored": []}', "finite numbers"),
-        ('{"format_version": 1, "layers": [1.0], "unscored": []}', "not a file of layer scores"),
+        ('{"format_version": 1, "layers": {"q": NaN}, "unscored": []}', "no finite number"),
+        ('{"format_version": 1, "layers": [1.0], "unscored": []}', "finite numbers"),
     ],
 )
 def test_damaged_files(text, message, tmp_path):
