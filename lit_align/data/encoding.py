@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.data.schema import Content, Message, is_messages
+from lit_align.data.schema import Content, Message, is_messages, texts_in
 from lit_align.errors import DataError
 
 # Supplementary Private Use Area-A: stands in for special tokens while a template is rendered.
@@ -101,7 +101,8 @@ class TextEncoder:
         return len(ids) if str(self.tokenizer.decode(ids[end:])).strip() else end
 
     def _found_in(self, message: Message) -> list[str]:
-        return self._special.findall(message["content"])
+        # Of every field: a template may show more than the content (a name, a chain of thought).
+        return [s for text in texts_in(message) for s in self._special.findall(text)]
 
     def _ids(self, text: str, segments: Segments) -> list[int]:
         if not segments.stand_ins:

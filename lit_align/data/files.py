@@ -7,12 +7,15 @@ files does without.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.errors import DataError
+from lit_align.language_model import UNUSABLE
+from lit_align.strict_json import MAX_DEPTH, check_depth, read_json_file
 
 if TYPE_CHECKING:
     import datasets
@@ -75,7 +78,10 @@ def _read_json(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, A
 
 def _parse(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"))
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+            check_depth(value)
+        return value
     except UnicodeDecodeError as error:
         raise BadRowError("not UTF-8", f"byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -94,7 +100,7 @@ def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.I
 
     name, _, split = source.partition(":")
     if Path(name).is_dir():
-        loaded = _load_folder(name)
+        loaded = _load_folder(Path(name))
         if isinstance(loaded, datasets.DatasetDict):
             split = split or "train"
             if split not in loaded:
@@ -110,13 +116,31 @@ def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.I
         raise DataError(f"{source}: neither here nor readable from the hub: {error}") from error
 
 
-def _load_folder(name: str) -> datasets.Dataset | datasets.DatasetDict:
+def _load_folder(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
     import datasets
+    import pyarrow
 
     try:
-        return datasets.load_from_disk(name)
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{name}: not a folder written by save_to_disk: {error}") from error
+        _check_names(folder)
+        loaded = datasets.load_from_disk(str(folder))
+        for part in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+            # It is mapped, and Arrow takes offsets as they are: one that leads out would be read.
+            part.data.validate(full=True)
+    except (*UNUSABLE, pyarrow.ArrowException) as error:
+        raise DataError(f"{folder}: not a folder written by save_to_disk: {error}") from error
+    return loaded
+
+
+def _check_names(folder: Path) -> None:
+    """Raise DataError where a saved folder names files outside it: `datasets` would read them."""
+    for path in sorted([*folder.glob("state.json"), *folder.glob("*/state.json")]):
+        for file in read_json_file(path)["_data_files"]:
+            if Path(name := file["filename"]).name != name:
+                raise DataError(f"{path} names {name!r:.200}, which leads out of its folder")
+    path = folder / "dataset_dict.json"
+    for name in read_json_file(path)["splits"] if path.is_file() else ():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise DataError(f"{path} names {name!r:.200}, which is no folder in it")
 
 
 def _read_parquet(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -105,6 +105,19 @@ class TokenizedRow:
     def num_tokens(self) -> int:
         """Tokens of the longest sequence: what the row costs in a padded batch."""
         return max(sequence.num_tokens for sequence in self.sequences)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield str(name)
+            yield from texts_in(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from texts_in(each)
 
 
 def is_messages(content: Any) -> bool:

@@ -32,6 +32,7 @@ from lit_align.data.schema import (
     is_token_ids,
 )
 from lit_align.errors import DataError
+from lit_align.language_model import UNUSABLE
 
 Truncation: TypeAlias = Literal["keep_start", "keep_end", "error"]
 SAME_TOKENS = "chosen and rejected have the same tokens, as far as they are kept"
@@ -200,7 +201,7 @@ class RowTokenizer:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (TemplateError, *UNUSABLE) as error:  # the template is the model folder's
             raise BadRowError("the chat template refuses the messages", str(error)) from error
 
     def _truncated(self, ids: _Ids, role: int) -> TokenizedSequence:

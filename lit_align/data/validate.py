@@ -14,6 +14,7 @@ from lit_align.data.schema import (
     SFTRow,
     UnlearningRow,
     is_messages,
+    texts_in,
 )
 
 # Tab, line feed and carriage return are text; the other C0 and C1 controls and DEL are damage.
@@ -76,6 +77,8 @@ def _check_message(message: Any, empty: str) -> None:
         raise BadRowError("a message whose content is not text", message["role"])
     if extra := sorted(k for k, v in message.items() if v and k in ("tool_calls", "tools")):
         raise BadRowError("tool calls are not supported", ", ".join(extra))
+    for text in texts_in(message):  # a template may show more than the content
+        check_text(text, None)
     may_be_empty = message["role"] in FIRST_ROLES
     check_text(message["content"], None if may_be_empty else empty)
 
