@@ -1,0 +1,148 @@
+"""Rows of data are text and nothing else: no template, no markup, no path, no command."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from lit_align.data import RowTokenizer
+from lit_align.data.bad_rows import BadRowError, BadRows
+from lit_align.data.loading import RowLoader
+from lit_align.data.schema import SFTRow
+from lit_align.errors import DataError
+from lit_align.report import Curves, HeatMap, Histogram, Table, write_report
+from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+
+HOSTILE = (
+    "{{ 7 * 7 }}{% for i in range(9) %}x{% endfor %}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "$(touch it_ran) `touch it_ran`; touch it_ran | touch it_ran",
+    "../../it_ran",
+    "<script>alert(1)</script>\"'&",
+    "%s %n {0} ${HOME} \\",
+)
+
+
+def row(text: str) -> SFTRow:
+    return SFTRow([{"role": "user", "content": text}], [{"role": "assistant", "content": text}])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_row_is_text_to_the_template_and_stays_as_it_is(tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    message = {"role": "user", "content": text, "name": text, "id": text, "path": text}
+    path.write_text(json.dumps({"messages": [message, message | {"role": "assistant"}]}))
+    rows = RowLoader(SFTRow, RowTokenizer(tokenizer, 512)).from_files([path], BadRows())
+    (sequence,) = rows[0].sequences
+    assert tokenizer.decode(sequence.prompt_ids.tolist()) == (
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(sequence.response_ids.tolist()) == f"{text}<|im_end|>"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ self._TemplateReference__context.eval_ctx.environment.loader }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 5 }}",
+        "{{ messages[9].content.x.y }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{{ cycler.__init__.__globals__.os.mkdir('it_ran') }}",
+        "{{ unfinished",
+    ],
+)
+def test_a_models_template_is_shut_in(template, tmp_path, monkeypatch):
+    """It comes with the model: it may write the prompt, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(BadRowError, match="the chat template refuses the messages"):
+        RowTokenizer(tokenizer, 512)(row("hello"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "name"])
+def test_special_tokens_in_other_fields_than_the_content(tokenizer, field, tmp_path):
+    special = tiny_tokenizer()
+    special.chat_template = CHAT_TEMPLATE.replace(
+        "message['content']", f"message['{field}'] + message['content']"
+    )
+    message = {"role": "user", "content": "x", field: "<|im_end|>"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [message, message | {"role": "assistant"}]}))
+    bad_rows = BadRows()
+    assert RowLoader(SFTRow, RowTokenizer(special, 512)).from_files([path], bad_rows) == []
+    assert bad_rows.rows[0].reason == "special token as text"
+
+
+def test_rows_nested_too_deep_are_bad_rows_that_can_be_written(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 900 + "]" * 900 + "\n" + '{"messages": ' + "[" * 300 + "]" * 300 + "}\n")
+    bad_rows = BadRows()
+    assert RowLoader(SFTRow, RowTokenizer(tokenizer)).from_files([path], bad_rows) == []
+    bad_rows.write(tmp_path)
+    with pytest.raises(DataError, match="2 x not JSON"):
+        bad_rows.raise_if_any()
+
+
+class Tags(HTMLParser):
+    """The tags and attributes of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [tag, *(name for name, _ in attrs)]
+
+
+@pytest.mark.parametrize(
+    "evil", [HOSTILE[4], "</title></style><img src=x onerror=alert(1)>", "]]></text><script>1"]
+)
+def test_no_text_becomes_markup_in_a_report_or_its_pictures(evil, tmp_path):
+    pytest.importorskip("matplotlib")
+    many = tuple((evil, i) for i in range(40))
+    path = write_report(
+        tmp_path / "report.html",
+        title=evil,
+        tables=[
+            Table(evil, (evil, "n"), ((evil, 1), ([evil], 2)), evil),
+            Table(evil, ("a", "b"), many),
+        ],
+        curves=[Curves(evil, evil, {evil: ([0, 1], [0.5, 0.4])})],
+        figures=[
+            Histogram(evil, evil, (1e-8, 1e-7, 1e-6), (3, 4)),
+            HeatMap(evil, (evil, "k"), (evil, "0"), ((None, 0.1), (0.5, 0.0))),
+        ],
+        config={evil: [evil, {evil: None}]},
+        versions={evil: evil},
+        fingerprints={evil: evil},
+        notes=[evil, evil],
+    )
+    text = path.read_text(encoding="utf-8")
+    found = Tags(text).found
+    assert not {"script", "onerror", "iframe", "object", "href", "onload"} & set(found)
+    assert found.count("title") == 1 and found.count("style") == 1
+    pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert len(pictures) == found.count("img") == 3
+    for picture in pictures:
+        for element in ElementTree.fromstring(base64.b64decode(picture)).iter():
+            assert not element.tag.endswith(("script", "foreignObject", "}a"))
+            assert not any(name.startswith("on") for name in element.attrib)
