@@ -2,6 +2,7 @@
 # make test                     installs what is missing and runs the test suite
 # make bench                    times the kernels: BENCH_ARGS="masked_adamw --size full"
 # make lint types imports       what .ci/run checks besides
+# make audit                    dependencies and their reasons, bill of materials, known holes
 # make demo TORCH_INDEX=URL     torch from another index of wheels, for example
 #                               https://download.pytorch.org/whl/cpu (make clean to change it later)
 # make PYTHON=python3.12 ...    another interpreter: 3.11 to 3.13
@@ -15,8 +16,9 @@ VIEW := build/checks
 REQUIREMENTS := pyproject.toml constraints.txt
 OLD_TRITON := build/triton-3.6.0
 KERNELS_FAILED := build/.kernels-failed
+PIP_AUDIT := build/pip-audit
 
-.PHONY: help venv install install-dev demo test test-interpreted test-compiled test-long bench lint types imports view clean
+.PHONY: help venv install install-dev demo test test-interpreted test-compiled test-long bench lint types imports audit view clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +65,14 @@ types: $(VENV)/.installed-dev view
 
 imports: $(VENV)/.installed-dev view
 	PYTHONPATH=$(VIEW) $(BIN)/lint-imports
+
+# pip-audit stands apart, so that what it needs itself is not audited; without a network the rest of
+# the audit is done all the same.
+audit: $(VENV)/.installed-dev
+	-@[ -e $(PIP_AUDIT)/.installed ] || { $(BIN)/python -m venv $(PIP_AUDIT) && \
+		$(PIP_AUDIT)/bin/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1 && \
+		touch $(PIP_AUDIT)/.installed; }
+	$(BIN)/python scripts/audit.py --sbom build/sbom.cdx.json --pip-audit $(PIP_AUDIT)/bin/pip-audit
 
 # kernels/ has no __init__.py (see pyproject.toml), and neither mypy nor import-linter finds a
 # package that is called otherwise than its folder: show them one made of links.
