@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.compact.state import Link
+from lit_align.compact.state import Link, write_through
 from lit_align.compact.write_through import linked
+from lit_align.shards import local
 from lit_align_kernels.masked_adamw import AdamWEntry, masked_adamw_
 
 
@@ -124,8 +125,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._links = linked(self)
         for number, group in enumerate(self.param_groups):
             batch = [self._entry(p) for p in group["params"] if p.grad is not None]
+            for entry in batch:
+                if not entry.master.numel():  # of a small sharded parameter a rank may hold none
+                    entry.step += 1
             masked_adamw_(
-                batch,
+                [entry for entry in batch if entry.master.numel()],
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -136,6 +140,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
             group["rounds"] += 1
         self.grad_scale = None
+        write_through(link for link in self._links.values() if link.state.shard is not None)
         return loss
 
     def _rounding_seed(self, group: dict[str, Any], number: int) -> int | None:
@@ -155,12 +160,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         assert self._links is not None and parameter.grad is not None
         link = self._links.get(id(parameter))
+        writes = link is not None and link.state.shard is None  # sharded ones: when all are known
         return AdamWEntry(
-            parameter,
-            parameter.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            local(parameter),
+            local(parameter.grad),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
             state["step"],
-            None if link is None else link.weight,
-            None if link is None else link.state.entries,
+            link.weight if link and writes else None,
+            link.state.entries if link and writes else None,
         )

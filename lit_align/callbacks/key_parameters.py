@@ -32,6 +32,7 @@ from lit_align.localizers import (
 from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_scores
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
+from lit_align.shards import is_sharded, local
 
 INPUTS = "inputs_sha256"  # key in a mask's metadata
 Method = Literal["weight_change", "gradient", "random", "magnitude", "layer_gate", "head_distance"]
@@ -335,6 +336,7 @@ def _accumulate_gradients(trainer: Any, module: Any, num_batches: int) -> None:
         raise LocalizationError("gradient localisation reads the first batches of a data module")
     model = module.language_model
     model.requires_grad_(True)
+    module.parallelise()
     batches = list(islice(trainer.datamodule.train_dataloader(), num_batches))
     if not batches:
         raise LocalizationError("there is no training batch to localise with")
@@ -342,8 +344,12 @@ def _accumulate_gradients(trainer: Any, module: Any, num_batches: int) -> None:
         with trainer.precision_plugin.forward_context():
             loss = module.localization_loss(batch.to(trainer.strategy.root_device))
         loss.backward()
-    if torch.distributed.is_initialized():
-        for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    if not torch.distributed.is_initialized():
+        return
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if is_sharded(parameter):  # FSDP2 has taken the mean over ranks
+            local(parameter.grad).mul_(torch.distributed.get_world_size())
+        else:
             torch.distributed.all_reduce(parameter.grad)

@@ -23,6 +23,7 @@ from lit_align.compact.state import (
     read_back,
     write_through,
 )
+from lit_align.shards import is_sharded
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import masked_weight_grad
 from lit_align_kernels.products import linear, product
@@ -150,7 +151,7 @@ class CompactModule(nn.Module):
         for link in found:
             device = link.weight.device
             link.state.move_to(device, link.weight.dtype)
-            if not link.is_whole:
+            if not link.is_whole and link.selected.device != device:
                 link.selected.data = link.selected.data.to(device)
                 if link.selected.grad is not None:
                     link.selected.grad = link.selected.grad.to(device)
@@ -229,6 +230,8 @@ def _passes_through(parameter: str) -> property:
         weight, state = self._parameters[parameter], compact_state(self).get(parameter)
         if state is None or state.trainable is None or not torch.is_grad_enabled():
             return weight  # type: ignore[return-value]
+        if weight is not None and is_sharded(weight):  # FSDP2 looks at it; nobody computes with it
+            return weight
         y = _Gather.apply(weight, self._parameters[state.trainable], state.entries)
         return graphs.track(y, self)
 

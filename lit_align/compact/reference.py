@@ -19,10 +19,11 @@ from lit_align_kernels.swap_selected import swap_selected_
 def _exchange(links_: list[Link]) -> None:
     swaps = []
     for link in links_:
-        state, weight = link.state, link.weight.detach()
-        state.move_to(weight.device, weight.dtype)
-        assert state.base is not None
-        swaps.append((weight, state.entries, state.base))
+        link.state.move_to(link.weight.device, link.weight.dtype)
+        weight, entries = link.here()
+        assert link.state.base is not None
+        if entries.numel:  # this rank's rows may hold none
+            swaps.append((weight, entries, link.state.base))
     swap_selected_(swaps)
     torch.clear_autocast_cache()  # its 16-bit copies are of the values before the exchange
 

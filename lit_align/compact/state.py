@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from lit_align.errors import TrainingError
+from lit_align.shards import Shard, local
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import gather_selected_, scatter_selected_
 
@@ -27,21 +29,25 @@ class CompactParameter:
         name: the parameter's name in the mask (its full name in the model).
         entries: which entries train, in the order of the trainable vector.
         base: (M,) the base's values of those entries in the weight's dtype, or None where the
-            caller asked not to keep them.
+            caller asked not to keep them; of a sharded weight, those of this rank's rows.
         trainable: attribute of the module that holds the trainable Parameter, or None where the
             parameter is wholly selected in fp32 and trains itself.
+        shard: of a weight that is sharded over processes, the entries in this rank's rows.
     """
 
     name: str
     entries: Entries
     base: Tensor | None
     trainable: str | None
+    shard: Shard | None = None
 
     def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take index tensors and base values to the weight's device and dtype."""
         self.entries = self.entries.to(device)
         if self.base is not None:
             self.base = self.base.to(device, dtype)
+        if self.shard is not None:
+            self.shard = self.shard.to(device)
 
 
 def trainable_name(parameter_name: str) -> str:
@@ -70,15 +76,36 @@ class Link:
         """Whether the weight itself trains."""
         return self.selected is self.weight
 
+    def here(self) -> tuple[Tensor, Entries]:
+        """The rows of the weight that this process holds, and the selected entries in them."""
+        shard = self.state.shard
+        weight = local(self.weight.detach())
+        return weight, self.state.entries if shard is None else shard.entries
+
 
 def write_through(links_: Iterable[Link]) -> None:
-    """Bring the trained values of all links into their weights, in one launch on a GPU."""
-    scatter_selected_([(k.weight, k.state.entries, k.selected) for k in links_ if not k.is_whole])
+    """Bring the trained values of all links into their weights, in one launch on a GPU.
+
+    Sharded ones are gathered one after the other: every rank has to call this.
+    """
+    apart = [k for k in links_ if not k.is_whole]
+    for link in apart:
+        if link.state.shard is not None:
+            link.state.shard.write(link.weight, link.selected)
+    in_one = [k for k in apart if k.state.shard is None]
+    scatter_selected_([(k.weight, k.state.entries, k.selected) for k in in_one])
 
 
 def read_back(links_: Iterable[Link]) -> None:
-    """Take the values of the weights into the trainable entries of all links, likewise."""
-    gather_selected_([(k.weight, k.state.entries, k.selected) for k in links_ if not k.is_whole])
+    """Take the values of the weights into the trainable entries of all links, in one launch.
+
+    Raises:
+        TrainingError: the model is sharded.
+    """
+    apart = [k for k in links_ if not k.is_whole]
+    if any(k.state.shard is not None for k in apart):
+        raise TrainingError("the weights of a sharded model are not read back: write them before")
+    gather_selected_([(k.weight, k.state.entries, k.selected) for k in apart])
 
 
 def module_links(module: nn.Module) -> Iterator[Link]:

@@ -17,14 +17,18 @@ def sync(model: nn.Module) -> None:
 
 
 def linked(optimizer: Optimizer) -> dict[int, Link]:
-    """Links of the optimiser's parameters by `id(parameter)`; wholly selected ones need none."""
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """Links of the optimiser's parameters by `id(parameter)`; wholly selected ones need none.
+
+    They come in the order of the parameters, the same on every rank.
+    """
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    wanted = set(ids)
     found: dict[int, Link] = {}
     for module in list(live_modules):
         for link in module_links(module):
-            if id(link.selected) in ids and not link.is_whole:
+            if id(link.selected) in wanted and not link.is_whole:
                 found.setdefault(id(link.selected), link)
-    return found
+    return {i: found[i] for i in ids if i in found}
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

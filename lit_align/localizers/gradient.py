@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_align.errors import LocalizationError
 from lit_align.localizers.lazy import ElementwiseScores
 from lit_align.masks import named_shapes
+from lit_align.shards import FlatTensors
 
 
 def gradient_scores(model_or_grads: nn.Module | Mapping[str, Tensor]) -> ElementwiseScores:
@@ -32,11 +33,11 @@ def gradient_scores(model_or_grads: nn.Module | Mapping[str, Tensor]) -> Element
             raise LocalizationError("no parameter has a gradient: run backward before scoring")
     else:
         grads = model_or_grads
-    flat = {name: g.detach().reshape(-1) for name, g in grads.items() if g is not None}
+    flat = FlatTensors({name: g for name, g in grads.items() if g is not None})
 
     def compute(name: str, start: int, stop: int) -> Tensor:
         if name not in flat:
             return torch.zeros(stop - start)
-        return flat[name][start:stop].float().abs()
+        return flat.part(name, start, stop).float().abs()
 
     return ElementwiseScores(named_shapes(model_or_grads), compute)

@@ -14,6 +14,7 @@ from lit_align.compact import head_handle, head_inputs
 from lit_align.errors import ModelError
 from lit_align.modules.decoder import hidden_states
 from lit_align.modules.document_attention import DocumentLayout
+from lit_align.modules.parallel import inside
 from lit_align.modules.shared_prefix import enable_shared_prefix
 from lit_align_kernels.token_logprobs import (
     TokenStatistics,
@@ -103,6 +104,7 @@ def scaled_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+@inside
 def per_token_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Log-probs of the batch's targets: (N,) fp32, nats."""
     hidden, head = _head_inputs(model, batch)
@@ -110,6 +112,7 @@ def per_token_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return token_logprobs(hidden, head, batch.target_ids, **settings)
 
 
+@inside
 def per_token_logps_with_statistics(
     model: PreTrainedModel, batch: PackedBatch
 ) -> tuple[Tensor, TokenStatistics]:
@@ -119,6 +122,7 @@ def per_token_logps_with_statistics(
     return token_logprobs_with_statistics(hidden, head, batch.target_ids, **settings)
 
 
+@inside
 def loss_and_logps(
     model: PreTrainedModel, batch: PackedBatch, loss: TokenNPO | ChunkLoss, together: int
 ) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,10 @@ from lit_align.modules.activation_checkpointing import (
     checkpoint_activations,
 )
 from lit_align.modules.forward import check_head
+from lit_align.modules.parallel import data_parallel_mesh, shard
 from lit_align.modules.referenced import Reference, ReferencedModule, check_reference
 from lit_align.modules.shared_prefix import enable_shared_prefix
+from lit_align.shards import is_sharded
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -129,25 +131,42 @@ class LoadedModule(ReferencedModule):
                 f"stochastic_rounding trains 16-bit weights, and this run {trained}: set "
                 "trainer.precision bf16-true or 16-true, without an adapter"
             )
-        self.language_model = self.load_base()
-        if h.delta:
-            self.delta_checksum = Delta.load(h.delta).checksum
-        check_head(self.model)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "layout", "padded") == "shared_prefix":
-            enable_shared_prefix(self.model)
-        use_fast_products(self.model)
+        mesh = data_parallel_mesh(self.trainer)  # type: ignore[arg-type]
+        self._prepare_base()
         self.mask = self._requested_mask()
+        if is_sharded(next(self.model.parameters())):  # by the localisation, as it was
+            self._prepare_base()
         self.model.eval()
-        self._attach_reference_logps(lambda: contextlib.nullcontext(self.model))
+        if mesh is None:
+            self._attach_reference_logps(lambda: contextlib.nullcontext(self.model))
         _disable_dropout(self.model)  # the base's: adapters bring their own
         self._restrict(dtype)
         if self.adapter is not None and not has_adapters(self.model):
             raise TrainingError(f"{type(self).__name__} takes no adapter: leave it out")
         checkpoint_activations(self.model, h.gradient_checkpointing)
+        self.parallelise()
+        if mesh is not None:  # whole it may not fit on a device; nothing has trained yet
+            self._attach_reference_logps(lambda: contextlib.nullcontext(self.model))
         self.model.train()
         # Frozen weights and buffers are equal on every rank: DDP need not send them.
         self._ddp_params_and_buffers_to_ignore = self._untrained_names()
+
+    def parallelise(self) -> None:
+        """Shard the model over the processes, where the strategy is ModelParallelStrategy."""
+        mesh = data_parallel_mesh(self.trainer)  # type: ignore[arg-type]
+        if mesh is not None:
+            shard(self.model, mesh)
+
+    def _prepare_base(self) -> None:
+        """Load the model as it computes in this run, not restricted yet."""
+        self.language_model = self.load_base()
+        if delta := self.settings.delta:
+            self.delta_checksum = Delta.load(delta).checksum
+        check_head(self.model)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "layout", "padded") == "shared_prefix":
+            enable_shared_prefix(self.model)
+        use_fast_products(self.model)
 
     def trained_share(self) -> float:
         """Trained parameters, an adapter's too, as a share of the base's."""
@@ -159,7 +178,10 @@ class LoadedModule(ReferencedModule):
         return DTYPES.get(str(self.trainer.precision), torch.float32)
 
     def load_base(self) -> PreTrainedModel:
-        """The model before training, the delta included, on this rank's device."""
+        """The model before training, the delta included, on this rank's device.
+
+        Where it will be sharded it stays on the CPU, from where its layers go one by one.
+        """
         h: Any = self.hparams
         device = self.trainer.strategy.root_device
         on_nf4 = self.adapter is not None and self.adapter.quantization == "nf4"
@@ -172,7 +194,8 @@ class LoadedModule(ReferencedModule):
         )
         if h.delta:
             apply_delta(model, h.delta)
-        nn.Module.to(model, device)
+        if data_parallel_mesh(self.trainer) is None:  # type: ignore[arg-type]
+            nn.Module.to(model, device)
         return model
 
     def _restrict(self, dtype: torch.dtype) -> None:
@@ -187,8 +210,8 @@ class LoadedModule(ReferencedModule):
         keep_base = (self.uses_reference and self.mask is not None) or swaps
         if swaps and self.mask is None and dtype == torch.float32:
             raise TrainingError(
-                "reference: swap puts base values in place of what a mask or an adapter trains, and "
-                "this run trains the whole model: use reference: cache (or none)"
+                "reference: swap puts base values in place of what a mask or an adapter trains, "
+                "and this run trains the whole model: use reference: cache (or none)"
             )
         if self.mask is None and dtype != torch.float32:
             # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.

@@ -13,12 +13,21 @@ from lit_align.compact.rank_allocation import allocate_ranks, allocates_ranks, p
 from lit_align.errors import TrainingError
 from lit_align.modules.checkpointed import CheckpointedModule
 from lit_align.optim import MaskedAdamW
+from lit_align.shards import is_sharded, local
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
-    """In fp32, whatever the gradients' dtype: sums over a window overflow fp16's squares."""
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    """In fp32, whatever the gradients' dtype: sums over a window overflow fp16's squares.
+
+    Of sharded gradients over all ranks, each of which holds a part of every one.
+    """
+    norms = torch._foreach_norm([local(g) for g in grads], 2, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    if is_sharded(grads[0]):
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        norm = squares.sqrt()
+    return norm
 
 
 class OptimizedModule(CheckpointedModule):
@@ -67,7 +76,7 @@ class OptimizedModule(CheckpointedModule):
                 "updates of 16-bit weights: leave configure_optimizers as it is, or keep masters"
             )
         else:
-            torch._foreach_mul_(grads, scale)
+            torch._foreach_mul_([local(g) for g in grads], scale)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any) -> None:
         """Step; AdaLoRA then moves its ranks, while the gradients are there."""
@@ -87,7 +96,7 @@ class OptimizedModule(CheckpointedModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             grads = [p.grad for p in self.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, optimizer.grad_scale)
+            torch._foreach_mul_([local(g) for g in grads], optimizer.grad_scale)
             optimizer.grad_scale = None
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
@@ -99,7 +108,7 @@ class OptimizedModule(CheckpointedModule):
         names = [
             n
             for n, p in self.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
+            if p.grad is not None and not local(p.grad).isfinite().all()
         ]
         return (
             f"the gradient is not finite at step {self.global_step}, first in "

@@ -1,19 +1,26 @@
-"""One rank of some runs under DDP with gloo; `test_distributed` starts two of these.
+"""One rank of some runs under DDP or FSDP2 with gloo; `start_ranks` starts all of them.
 
 A run's folder gets what it ended in, and how many bytes this process wrote to sockets meanwhile.
 """
 
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 
 from lit_align.callbacks import KeyParameterLocalization, LogpsWriter
 from lit_align.compact import AdapterSettings, trainable
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
+from lit_align.shards import local, whole
 from tests.training_runs import (
     MemoryLogger,
     instructions,
@@ -45,6 +52,7 @@ OBJECTIVES = {
     "npo": (TokenWeightedNPO, {"retain": "nll"}, unlearning, unlearning_rows),
 }
 NUM_ROWS = 9  # in global batches of four: the last one leaves the second rank without a row
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class StartingValues(Callback):
@@ -56,18 +64,96 @@ class StartingValues(Callback):
             parameter.data.copy_(0.03 * torch.randn(parameter.shape, generator=g))
 
 
+class Dies(Callback):
+    """The last rank is killed after a step, as by the kernel when memory is short."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(count: int, runs: list[dict]) -> list[subprocess.Popen]:
+    """Start one process for each rank; all of them go through all runs."""
+    for each in runs:
+        Path(each["out"]).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tests.modules.distributed_script", json.dumps(runs)]
+    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place["WORLD_SIZE"] = str(count)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | place | {"LOCAL_RANK": str(rank)}, **streams
+        )
+        for rank in range(count)
+    ]
+
+
+def run_ranks(count: int, runs: list[dict]) -> None:
+    """Run them all on so many processes."""
+    ranks = start_ranks(count, runs)
+    try:
+        for rank in ranks:
+            printed, _ = rank.communicate(timeout=200)
+            assert rank.returncode == 0, printed[-4000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def written_bytes() -> int:
     """Bytes that this process has written, to sockets as well."""
     io = Path("/proc/self/io").read_text().split()
     return int(io[io.index("wchar:") + 1])
 
 
-def run(objective: str, model: str, mask: str, out: str, world_size: int) -> None:
-    """Fit and predict; without a mask, one is made from gradient scores; adapters take none."""
+def strategy_of(kind: str, world_size: int):
+    if kind == "sharded":
+        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    if kind == "default_mesh":
+        return ModelParallelStrategy()
+    return "ddp" if world_size > 1 else "auto"
+
+
+def run(
+    objective: str,
+    model: str,
+    mask: str,
+    out: str,
+    world_size: int,
+    strategy: str = "ddp",
+    batch: int = 4,
+    ckpt_path: str | None = None,
+    keep: bool = False,
+    dies: bool = False,
+    **trainer_settings,
+) -> None:
+    """Fit and predict; without a mask, one is made from gradient scores; adapters take none.
+
+    Args:
+        objective: of `OBJECTIVES`.
+        model: folder.
+        mask: file; "" for gradient scores, "whole" for none.
+        out: folder of what comes out.
+        world_size: number of ranks.
+        strategy: ddp, sharded or default_mesh; of one rank, `ddp` is none at all.
+        batch: rows of a global batch.
+        ckpt_path: to go on from.
+        keep: write a checkpoint after every step.
+        dies: kill the last rank on the way.
+        trainer_settings: further ones.
+    """
     folder = Path(out)
     kind, settings, data, rows = OBJECTIVES[objective]
     if "adapter" in settings:
         given = StartingValues()
+    elif mask == "whole":
+        given = Callback()
     elif mask:
         given = KeyParameterLocalization(mask=mask)
     else:
@@ -75,30 +161,39 @@ def run(objective: str, model: str, mask: str, out: str, world_size: int) -> Non
     if objective == "dpo":  # of rows that come with `predict` as well
         settings = settings | {"reference_cache": str(folder / "cache")}
     log = MemoryLogger()
+    callbacks = [given, LogpsWriter()] + [Dies()] * dies
+    if keep:
+        callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun says
     trained = trainer(
-        folder, callbacks=[given, LogpsWriter()], logger=log, log_every_n_steps=2,
-        devices=world_size, strategy="ddp" if world_size > 1 else "auto", max_epochs=2,
+        folder, callbacks=callbacks, logger=log, log_every_n_steps=2, devices=devices,
+        num_nodes=world_size // devices, strategy=strategy_of(strategy, world_size), max_epochs=2,
         gradient_clip_val=1.0,
+        enable_checkpointing=keep, **trainer_settings,
     )  # fmt: skip
     module = kind(model, learning_rate=1e-2, eps=1e-3, warmup_ratio=0.0, **settings)
     splits = {"validation": rows(5, seed=3), "predict": rows(5, seed=4)}
-    rows_of = data(NUM_ROWS, batch_size=4 // world_size, splits=splits)
+    rows_of = data(NUM_ROWS, batch_size=batch // world_size, splits=splits)
     before = written_bytes()
-    trained.fit(module, rows_of)
+    trained.fit(module, rows_of, ckpt_path=ckpt_path)
     figures = {
         "steps": trained.global_step,
         "written_bytes": written_bytes() - before,
         "selected": sum(p.numel() for _, p in trainable(module.model)),
         "mask": None if module.mask is None else module.mask.digest,
+        "numel": sum(p.numel() for p in module.parameters()),
+        "numel_here": sum(local(p).numel() for p in module.parameters()),
     }
     if trained.global_rank == 0:  # each later logged value is the same on every rank
         figures |= {n: log.values(n) for n in ("loss", "grad_norm", "eval_loss", "num_tokens")}
-    save_file(weights(module), folder / f"weights-{trained.global_rank}.safetensors")
+    gathered = {name: whole(weight) for name, weight in weights(module).items()}
+    save_file(gathered, folder / f"weights-{trained.global_rank}.safetensors")
     (folder / f"figures-{trained.global_rank}.json").write_text(json.dumps(figures))
     trained.predict(module, rows_of)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    ranks = int(os.environ["WORLD_SIZE"])  # Lightning removes it after a run
     for each in json.loads(sys.argv[1]):
-        run(**each, world_size=2)
+        run(**each, world_size=ranks)

@@ -1,10 +1,11 @@
-"""Two gloo processes under DDP end like one, and send the selected entries alone."""
+"""Two gloo processes end like one, send selected entries alone, and do not wait for the dead."""
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,40 +15,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.localizers import random_scores
 from lit_align.masks import named_shapes, select
-from tests.modules.distributed_script import OBJECTIVES, run
+from lit_align.modules.checkpointed import read_checkpoint
+from tests.modules.distributed_script import (
+    OBJECTIVES,
+    ROOT,
+    free_port,
+    run,
+    run_ranks,
+    start_ranks,
+)
 from tests.tiny_models import tiny_tokenizer
 from tests.training_runs import assert_close_weights, assert_equal_weights, random_mask
 
-ROOT = Path(__file__).resolve().parents[2]
 KIB = 1024
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def two_ranks(runs: list[dict[str, str]]) -> None:
-    """Run them all on two processes."""
-    for each in runs:
-        Path(each["out"]).mkdir(parents=True)
-    command = [sys.executable, "-m", "tests.modules.distributed_script", json.dumps(runs)]
-    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | place | {"LOCAL_RANK": str(rank)}, **streams
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            printed, _ = rank.communicate(timeout=200)
-            assert rank.returncode == 0, printed[-4000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
+SHARDED = {"sharded": "swap", "localised_sharded": "dpo"}  # run → the one under DDP that it is like
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +59,11 @@ def on_two(tiny_llama_dir, larger, tmp_path_factory) -> Path:
     # By gradient scores once, where the first batches go through both ranks.
     runs[1] |= {"mask": ""}
     runs.append({"objective": "dpo", "model": str(larger), "mask": str(larger / "mask")})
-    names = [*OBJECTIVES, "larger"]
-    two_ranks([each | {"out": str(folder / name)} for each, name in zip(runs, names, strict=True)])
+    names = [*OBJECTIVES, "larger", *SHARDED]
+    runs += [runs[names.index(like)] | {"strategy": "sharded"} for like in SHARDED.values()]
+    for each, name in zip(runs, names, strict=True):
+        each["out"] = str(folder / name)
+    run_ranks(2, runs)
     return folder
 
 
@@ -120,3 +104,93 @@ def test_only_selected_entries_are_sent(on_two, larger):
         allowed = 1.1 * (gradients + 4 * found["selected"]) + 64 * KIB
         assert gradients < found["written_bytes"] < allowed
         assert found["written_bytes"] < gradients + dense_bytes / 4  # no frozen weight went out
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_end_like_copies(name, on_two):
+    """Swapped base values and a mask by the gradient, both of shards."""
+    like, found = figures(on_two / SHARDED[name]), figures(on_two / name)
+    weights = [load_file(on_two / name / f"weights-{r}.safetensors") for r in (0, 1)]
+    copies = load_file(on_two / SHARDED[name] / "weights-0.safetensors")
+    assert_equal_weights(*weights)
+    assert_close_weights(copies, weights[0], atol=1e-6)
+    assert found["mask"] == like["mask"]
+    assert found["loss"] == pytest.approx(like["loss"], rel=1e-5)
+    assert max(figures(on_two / name, r)["numel_here"] for r in (0, 1)) <= 0.51 * found["numel"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_a_killed_rank_ends_the_job(strategy, tiny_llama_dir, tmp_path):
+    random_mask(0.3).save(tmp_path / "mask")
+    settings = {"model": str(tiny_llama_dir), "mask": str(tmp_path / "mask"), "out": str(tmp_path)}
+    settings |= {"objective": "sft", "strategy": strategy, "dies": True}
+    survivor, killed = start_ranks(2, [settings])
+    try:
+        assert killed.wait(timeout=120) == -signal.SIGKILL
+        began = time.monotonic()
+        printed, _ = survivor.communicate(timeout=60)
+        assert time.monotonic() - began < 60
+        assert survivor.returncode not in (0, -signal.SIGKILL), printed
+        assert "Error" in printed
+    finally:
+        survivor.kill()
+        killed.kill()
+
+
+def two_machines(words: list[str], cwd: Path) -> list[subprocess.Popen]:
+    """What two machines would start, each with one process: they meet over TCP on loopback."""
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
+        "--rdzv_id", "test", "--local_addr", "127.0.0.1",
+    ]  # fmt: skip
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return [subprocess.Popen(torchrun + words, cwd=cwd, env=env, **streams) for _ in range(2)]
+
+
+@pytest.mark.long
+def test_torchrun_on_two_machines_ends_like_one_process(tiny_llama_dir, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+    def words(out: str, batch_size: int, *more: str) -> list[str]:
+        given = ["-m", "lit_align.cli", "fit", "--config", "configs/masked_dpo_tiny.yaml"]
+        given += ["--model.init_args.model", str(tiny_llama_dir), "--trainer.default_root_dir", out]
+        return [*given, "--data.init_args.batch_size", str(batch_size), *more]
+
+    several = ("--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--trainer.devices", "1")
+    machines = two_machines(words("two", 1, *several), tmp_path)
+    try:
+        for machine in machines:
+            printed, _ = machine.communicate(timeout=200)
+            assert machine.returncode == 0, printed[-4000:]
+    finally:
+        for machine in machines:
+            machine.kill()
+    one = [sys.executable, *words("one", 2, "--trainer.devices", "1")]
+    subprocess.run(one, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    masks = [(tmp_path / run / "mask.safetensors").read_bytes() for run in ("one", "two")]
+    states = [read_checkpoint(newest(tmp_path / run))["state_dict"] for run in ("one", "two")]
+    assert len(masks[0]) == len(masks[1])
+    assert_close_weights(*states, atol=1e-6)
+
+
+def newest(run: Path) -> Path:
+    return max(run.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.mark.long
+def test_torchrun_ends_where_a_process_is_killed(tiny_llama_dir, tmp_path):
+    random_mask(0.3).save(tmp_path / "mask")
+    settings = {"model": str(tiny_llama_dir), "mask": str(tmp_path / "mask"), "out": str(tmp_path)}
+    settings |= {"objective": "sft", "dies": True}
+    command = ["-m", "tests.modules.distributed_script", json.dumps([settings])]
+    machines = two_machines(command, ROOT)
+    try:
+        for machine in machines:
+            printed, _ = machine.communicate(timeout=200)
+            assert machine.returncode not in (0, -signal.SIGKILL), printed
+    finally:
+        for machine in machines:
+            machine.kill()

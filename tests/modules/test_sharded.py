@@ -1,0 +1,152 @@
+"""FSDP2 through ModelParallelStrategy: shards of every kind of mask, two processes equal one."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+
+from lit_align.errors import TrainingError
+from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, named_shapes, select
+from lit_align.masks.granularity import Selection
+from lit_align.modules.parallel import data_parallel_mesh
+from lit_align.shards import Shard, rows_of_rank
+from lit_align_kernels.swap_selected import gather_entries
+from tests.modules.distributed_script import run, run_ranks
+from tests.tiny_models import save_tiny_model, tiny_model
+from tests.training_runs import assert_close_weights, assert_equal_weights
+
+# name → (model, granularity of the mask; None: everything trains)
+CASES = {
+    "elements": ("llama", "element"),
+    "rows": ("llama", "row"),
+    "heads": ("llama", "head"),
+    "layers": ("llama", "layer"),
+    "columns": ("gpt2", "row"),
+    "elements_of_experts": ("mixtral", "element"),
+    "rows_of_experts": ("mixtral", "row"),
+    "whole": ("llama", None),
+}
+SHARDED = {"objective": "swap", "strategy": "sharded", "batch": 6}
+
+
+def selections() -> list[Selection]:
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for shape in [(7, 5), (6, 4, 3), (9,), (1, 4), (5, 1)]:
+        found += [Selection.of_dense(torch.rand(shape, generator=g) < 0.4), Selection.all(shape)]
+        if len(shape) > 1:
+            rows = torch.tensor([0, 2, 3])[: shape[0]]
+            found.append(Selection.of_rows(shape, rows))
+        if len(shape) == 2 and shape[1] > 3:
+            found.append(Selection.of_rows(shape, torch.tensor([1, 3]), axis=1))
+    return [s for s in found if s.kind != "none"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_shards_hold_each_selected_entry_once(ranks):
+    """Also where a rank has no row, and where none of its rows is selected."""
+    for selection in selections():
+        entries = selection.entries()
+        weight = torch.arange(selection.numel, dtype=torch.float32).reshape(selection.shape)
+        chosen, count = gather_entries(weight, entries), 0
+        for rank in range(ranks):
+            first, last = rows_of_rank(weight.shape[0], rank, ranks)
+            rows, shard = weight[first:last], Shard.cut(entries, first, last)
+            count += shard.entries.numel
+            assert shard.entries.shape == tuple(rows.shape)
+            assert torch.equal(shard.take(chosen), gather_entries(rows, shard.entries))
+            if entries.kind == "elements":
+                dense = selection.dense()[first:last].reshape(-1, max(rows.shape[-1], 1))
+                assert shard.entries.row_offsets.diff().tolist() == dense.sum(1).tolist()
+        assert count == entries.numel
+
+
+def test_rows_are_dealt_out_as_torch_chunks_them():
+    for count in (1, 5, 6, 7, 9):
+        for ranks in (1, 2, 3, 4):
+            mine = [rows_of_rank(count, rank, ranks) for rank in range(ranks)]
+            chunks = torch.arange(count).chunk(ranks)
+            assert [b - a for a, b in mine if b > a] == [len(chunk) for chunk in chunks]
+
+
+def test_a_tensor_parallel_mesh_is_refused():
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"data_parallel": torch.empty(1), "tensor_parallel": torch.empty(2)}
+    for mesh in strategy._device_mesh.values():
+        mesh.size = mesh.numel  # as of a DeviceMesh
+    with pytest.raises(TrainingError, match=r"data_parallel_size to 2.*tensor_parallel_size to 1"):
+        data_parallel_mesh(SimpleNamespace(strategy=strategy))
+
+
+def a_mask(kind: str, granularity: str) -> ParameterMask:
+    model = tiny_model(kind)
+    g = torch.Generator().manual_seed(1)
+    scores = {n: torch.rand(s, generator=g) for n, s in named_shapes(model).items()}
+    heads = HeadLayout.from_model(model) if granularity == "head" else None
+    axes = conv1d_row_axes(model)
+    return select(scores, 0.3, granularity=granularity, row_axes=axes, heads=heads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, dict]:
+    """What each case is run with; models and masks are in files."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for kind in ("llama", "gpt2", "mixtral"):
+        save_tiny_model(folder / kind, kind)
+    found = {}
+    for name, (kind, granularity) in CASES.items():
+        mask = "whole"
+        if granularity is not None:
+            mask = str(folder / f"{name}.mask")
+            a_mask(kind, granularity).save(mask)
+        found[name] = SHARDED | {"model": str(folder / kind), "mask": mask}
+    found["whole"] |= {"objective": "sft"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_two(runs, tmp_path_factory) -> Path:
+    """Folder of the runs on two processes; one start serves them all."""
+    folder = tmp_path_factory.mktemp("two")
+    given = [settings | {"out": str(folder / name)} for name, settings in runs.items()]
+    given[0] |= {"keep": True}
+    run_ranks(2, given)
+    return folder
+
+
+def figures(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder / f"figures-{rank}.json").read_text())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, runs, on_two, tmp_path):
+    run(**runs[case] | {"strategy": "ddp"}, out=str(tmp_path), world_size=1)
+    one, two = figures(tmp_path), figures(on_two / case)
+    weights = [load_file(on_two / case / f"weights-{r}.safetensors") for r in (0, 1)]
+    assert_equal_weights(*weights)
+    assert_close_weights(load_file(tmp_path / "weights-0.safetensors"), weights[0], atol=2e-6)
+    assert one["steps"] == two["steps"] and one["mask"] == two["mask"]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    for rank in (0, 1):  # of every parameter about a half
+        found = figures(on_two / case, rank)
+        assert found["numel_here"] <= 0.51 * found["numel"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_checkpoint_of_two_processes_resumes(ranks, step, runs, on_two, tmp_path):
+    """From the middle of an epoch."""
+    path = str(on_two / "elements" / f"step={step}.ckpt")
+    run_ranks(ranks, [runs["elements"] | {"out": str(tmp_path), "ckpt_path": path}])
+    resumed = load_file(tmp_path / "weights-0.safetensors")
+    uninterrupted = load_file(on_two / "elements" / "weights-0.safetensors")
+    if ranks == 2:
+        assert_equal_weights(resumed, uninterrupted)
+    assert_close_weights(resumed, uninterrupted, atol=1e-6)
