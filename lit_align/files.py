@@ -2,8 +2,17 @@
 
 import hashlib
 import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
+
+from lit_align.errors import LitAlignError
+
+LOCK_NAME = ".lock"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -13,16 +22,30 @@ def write_atomically(path: Path, data: bytes) -> None:
         path: Where the file shall stand; its folder must exist.
         data: The file's bytes.
     """
+    with atomic_file(path) as handle:
+        handle.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """An open file that stands at `path` once all is written and durable, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as handle:
-            handle.write(data)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def remove_partial_files(folder: Path, pattern: str = "*") -> None:
+    """Remove what killed processes had begun to write to names of this pattern."""
+    for leftover in folder.glob(f".{pattern}.partial"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,3 +69,44 @@ def sha256_of_file(path: Path) -> str:
 def _sha256(path: str, size_bytes: int, mtime_ns: int, inode: int) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def locked_folder(folder: Path, error_type: type[LitAlignError]) -> Iterator[None]:
+    """Hold a run's output folder for this process; the system lets go of it when that dies.
+
+    Args:
+        folder: It must exist.
+        error_type: What to raise.
+
+    Raises:
+        LitAlignError: of that type: another run works in the folder; names its process and host.
+    """
+    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as handle:
+        try:
+            _lock(handle)
+        except OSError as error:
+            handle.seek(0)
+            owner = " on ".join(handle.read(300).split()) or "unknown"
+            raise error_type(
+                f"another run (process {owner}) works in {folder}: wait for it, or choose "
+                "another output folder"
+            ) from error
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} {socket.gethostname()}\n")
+        handle.flush()
+        yield
+
+
+def _lock(handle: IO[str]) -> None:
+    """Lock an open file without waiting; OSError where somebody else holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        handle.seek(1 << 20)  # past the text: Windows forbids others to read the locked bytes
+        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        handle.seek(0)
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,15 @@
-"""Callbacks: key parameters, milestones, stability, predictions."""
+"""Callbacks: checkpoints, key parameters, milestones, stability, predictions."""
 
+from lit_align.callbacks.checkpointing import Checkpointing
 from lit_align.callbacks.key_parameters import KeyParameterLocalization
 from lit_align.callbacks.milestones import KeepMilestones
 from lit_align.callbacks.prediction import LogpsWriter
 from lit_align.callbacks.stability import StopWhenStable
 
-__all__ = ["KeepMilestones", "KeyParameterLocalization", "LogpsWriter", "StopWhenStable"]
+__all__ = [
+    "Checkpointing",
+    "KeepMilestones",
+    "KeyParameterLocalization",
+    "LogpsWriter",
+    "StopWhenStable",
+]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from transformers import PreTrainedModel
 
+from lit_align.checkpoint_file import VerifiedCheckpointIO, load_sound
 from lit_align.compact import load_trainable, trainable
 from lit_align.compact.adapters import AdapterSettings, adapter_identity
 from lit_align.compact.rank_allocation import (
@@ -20,6 +22,7 @@ from lit_align.compact.rank_allocation import (
 )
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
+from lit_align.modules.resuming import begin_at_step, seed_batch
 
 CHECKPOINT_KEY = "lit_align"
 RANKS = "rank_allocation"  # in it: what AdaLoRA's has learnt
@@ -33,6 +36,35 @@ class CheckpointedModule(LoggedModule):
         super().__init__()
         self.language_model: PreTrainedModel | None = None
         self.delta_checksum: str | None = None  # of the delta that the run starts from
+        self.run_seed: int | None = None  # a resumed run goes on with the first one's
+        self._stepped = 0  # steps before the accumulation window under way
+        self._counted_at_step = self.throughput  # what had been counted when it began
+
+    def setup(self, stage: str) -> None:
+        """Have checkpoints written whole and verified, unless the user brings a plugin."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = VerifiedCheckpointIO()
+
+    def on_train_start(self) -> None:
+        """Agree on the seed of what is random in training."""
+        self._note_step()
+        if self.run_seed is None:
+            self.run_seed = self.trainer.strategy.broadcast(torch.initial_seed())
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Random numbers depend on the place alone, so that a resumed run draws the same."""
+        assert self.run_seed is not None
+        seed_batch(self.run_seed, self.current_epoch, batch_idx, self.global_rank)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write the log where it is due; after a step a new accumulation window begins."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.global_step > self._stepped:
+            self._note_step()
+
+    def _note_step(self) -> None:
+        self._stepped, self._counted_at_step = self.global_step, copy.copy(self.throughput)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -58,9 +90,11 @@ class CheckpointedModule(LoggedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the base, the mask, the delta and the adapters that the entries belong to."""
-        done = self.throughput
+        moved = begin_at_step(checkpoint, self.trainer)  # what came since will come again
+        done = self._counted_at_step if moved else self.throughput
         seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
-        checkpoint[CHECKPOINT_KEY] = self._identity() | {"seen_tokens": seen_tokens}
+        kept = {"seen_tokens": seen_tokens, "run_seed": self.run_seed}
+        checkpoint[CHECKPOINT_KEY] = self._identity() | kept
         if allocates_ranks(self.model):
             checkpoint[CHECKPOINT_KEY][RANKS] = allocation_state(self.model)
         settings = checkpoint.get("hyper_parameters", {})
@@ -82,6 +116,7 @@ class CheckpointedModule(LoggedModule):
                 )
         if allocates_ranks(self.model):
             load_allocation_state(self.model, theirs[RANKS])
+        self.run_seed = theirs.get("run_seed")
         self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
         self.logged_step = int(checkpoint["global_step"])
 
@@ -95,22 +130,12 @@ class CheckpointedModule(LoggedModule):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Lightning checkpoint, its tensors mapped from the file.
+    """A checkpoint of a module with its settings, its tensors mapped from the file.
 
     Raises:
         TrainingError: the file is no checkpoint, or damaged.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["state_dict"], checkpoint["hyper_parameters"]
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise TrainingError(f"{path}: not a checkpoint, or damaged") from error
+    checkpoint = load_sound(Path(path))
+    if "hyper_parameters" not in checkpoint:
+        raise TrainingError(f"{path}: not a checkpoint of a module, or damaged")
     return checkpoint

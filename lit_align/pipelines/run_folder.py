@@ -7,17 +7,13 @@ moves it (`recover`), or finds leftovers that match nothing and removes them.
 
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
 from lit_align.errors import PipelineError
-from lit_align.files import sha256_of_file, sync_folder
+from lit_align.files import locked_folder, sha256_of_file, sync_folder
 from lit_align.pipelines.manifest import FileRecord, Manifest, is_inside
 
-LOCK_NAME = ".lock"
 MODEL_FOLDER = "model"  # in a stage's folder: a trained model
 
 
@@ -30,41 +26,13 @@ def _retired_folder(output_dir: Path, name: str) -> Path:
     return output_dir / f".stage-{name}.old"
 
 
-@contextmanager
-def folder_lock(output_dir: Path) -> Iterator[None]:
-    """Hold the output folder for this process; the system lets go of it when the process dies.
+def folder_lock(output_dir: Path) -> AbstractContextManager[None]:
+    """Hold the output folder for this process.
 
     Raises:
         PipelineError: Another run works in the folder.
     """
-    with (output_dir / LOCK_NAME).open("a+", encoding="utf-8") as handle:
-        try:
-            _lock(handle)
-        except OSError as error:
-            handle.seek(0)
-            owner = handle.read(32).strip() or "unknown"
-            raise PipelineError(
-                f"another run (process {owner}) works in {output_dir}: wait for it, or choose "
-                "another output folder"
-            ) from error
-        handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
-        yield
-
-
-def _lock(handle: IO[str]) -> None:
-    """Lock an open file without waiting; OSError where somebody else holds it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        handle.seek(1 << 20)  # past the text: Windows forbids others to read the locked bytes
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        handle.seek(0)
-    else:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return locked_folder(output_dir, PipelineError)
 
 
 def seal(folder: Path) -> tuple[FileRecord, ...]:

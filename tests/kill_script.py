@@ -1,0 +1,121 @@
+"""Fits in forks of one process, killed at chosen or random moments and started again.
+
+Usage: python -m tests.kill_script MODEL [RUN, ...] (JSON). A run: {"out": folder, "kill": when,
+"port": of the rendezvous of two ranks, left out for one}. When: "" never; "KIND:N" at the Nth such
+moment ("sigterm:N": SIGTERM to the last rank alone); "SECONDS" that long after training began.
+Prints how each run ended, and when its training began and ended; a run that came to its end leaves
+`final.safetensors`.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import save_file
+
+import lit_align.checkpoint_file
+from lit_align.callbacks import Checkpointing, KeyParameterLocalization
+from lit_align.modules import MaskedDPO
+from tests.training_runs import preference_rows, preferences, trainer
+
+ACCUMULATE = 2
+
+
+class Killer(Callback):
+    """Kills the process at the Nth moment of a kind, or so long after training began."""
+
+    def __init__(self, when: str) -> None:
+        self.kind, _, number = when.partition(":") if ":" in when else ("", "", "0")
+        self.left = int(number)
+        self.seconds = float(when) if when and ":" not in when else None
+
+    def moment(self, kind: str) -> None:
+        if kind == self.kind:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_start(self, trainer, pl_module):
+        print(f"began {time.time()}", flush=True)
+        if self.seconds is not None:
+            kill = (os.getpid(), signal.SIGKILL)
+            threading.Timer(self.seconds, os.kill, kill).start()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.moment("window" if batch_idx % ACCUMULATE else "step")
+        if self.kind == "sigterm":
+            self.left -= 1
+            if self.left == 0 and trainer.global_rank == trainer.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.moment("validation")
+
+
+def half_written(killer: Killer) -> None:
+    """Make the Nth write of a checkpoint a moment: half of it is in the file."""
+    save = torch.save
+
+    def save_in_two(checkpoint, handle):
+        save(checkpoint, handle)
+        size = handle.tell()
+        if killer.kind == "write":
+            handle.truncate(size // 2)
+            handle.flush()
+        killer.moment("write")
+
+    lit_align.checkpoint_file.torch.save = save_in_two
+
+
+def fit(model: str, out: Path, when: str, ranks: int) -> None:
+    """Two epochs of five batches a rank, validated on the way; the last window is a short one."""
+    killer = Killer(when)
+    if killer.kind == "write":
+        half_written(killer)
+    run = trainer(
+        out, enable_checkpointing=True, accumulate_grad_batches=ACCUMULATE, max_epochs=2,
+        val_check_interval=2, devices=ranks, strategy="ddp" if ranks > 1 else "auto",
+        callbacks=[KeyParameterLocalization("random"), killer,
+                   Checkpointing(every_n_train_steps=1, keep=2)],
+    )  # fmt: skip
+    module = MaskedDPO(model, learning_rate=1e-2, weight_decay=0.1)
+    splits = {"validation": preference_rows(4, seed=3)}
+    data = preferences(10, batch_size=2 // ranks, splits=splits)
+    run.fit(module, data, ckpt_path="last")
+    if run.is_global_zero:
+        save_file(dict(module.state_dict()), out / "final.safetensors")
+        print(f"ended {time.time()}", flush=True)
+
+
+def run_forked(model: str, out: str, kill: str = "", port: int | None = None) -> None:
+    """Fork, so that what is slow to import is imported once, and wait for the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if port is not None:
+                os.environ["MASTER_PORT"] = str(port)
+            fit(model, Path(out), kill, 1 if port is None else 2)
+            os._exit(0)
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException:  # whatever it was: what follows is the parent's
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("killed" if status == -signal.SIGKILL else f"status {status}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.freeze()
+    for each in json.loads(sys.argv[2]):
+        run_forked(sys.argv[1], **each)

@@ -1,0 +1,103 @@
+"""A checkpoint taken at any moment, by any callback, resumes exactly."""
+
+import lightning
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_align.compact import AdapterSettings
+from lit_align.modules import SupervisedFineTuning
+from tests.training_runs import (
+    MemoryLogger,
+    assert_equal_weights,
+    instructions,
+    sft_rows,
+    trainer,
+)
+
+
+class SaveAlways(lightning.Callback):
+    """A checkpoint at every hook named, of the second epoch as well."""
+
+    def __init__(self, folder, hooks):
+        self.folder = folder
+        for hook in hooks:
+            setattr(self, hook, lambda run, *_, hook=hook: self.save(run, hook))
+
+    def save(self, run, hook):
+        if run.sanity_checking:
+            return
+        place = f"{run.current_epoch}-{run.fit_loop.epoch_loop.batch_progress.current.ready}"
+        run.save_checkpoint(self.folder / f"{hook}-{place}.ckpt")
+
+
+HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_train_batch_end", "on_validation_end")
+
+
+def fit(model, folder, *callbacks, ckpt_path=None, adapter=None, **settings):
+    """Seven batches an epoch, in windows of three; validation amid a window."""
+    log = MemoryLogger()
+    module = SupervisedFineTuning(str(model), learning_rate=1e-2, adapter=adapter)
+    run = trainer(
+        folder, callbacks=list(callbacks), accumulate_grad_batches=3, max_epochs=2, logger=log,
+        log_every_n_steps=1, val_check_interval=5, **settings,
+    )  # fmt: skip
+    data = instructions(14, batch_size=2, splits={"validation": sft_rows(4, seed=3)})
+    run.fit(module, data, ckpt_path=ckpt_path)
+    assert run.global_step == 6
+    return dict(module.state_dict()), log
+
+
+@pytest.fixture(scope="module")
+def dropout():
+    return AdapterSettings(rank=2, dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama_dir, dropout, tmp_path_factory):
+    """A run with dropout, its checkpoints, and its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    state, log = fit(tiny_llama_dir, folder, SaveAlways(folder, HOOKS), adapter=dropout)
+    return folder, state, log
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "on_train_batch_start-0-1", "on_train_batch_end-0-1", "on_train_batch_end-0-3",
+        "on_before_zero_grad-0-4", "on_train_batch_end-0-5", "on_validation_end-0-5",
+        "on_train_batch_end-0-7", "on_train_batch_start-1-1", "on_train_batch_start-1-5",
+        "on_validation_end-1-5", "on_train_batch_end-1-7",
+    ],
+)  # fmt: skip
+def test_from_any_moment(name, whole, tiny_llama_dir, dropout, tmp_path):
+    folder, expected, log = whole
+    path = folder / f"{name}.ckpt"
+    assert path.exists(), sorted(p.name for p in folder.iterdir())
+    resumed, again = fit(tiny_llama_dir, tmp_path, ckpt_path=path, adapter=dropout)
+    assert_equal_weights(expected, resumed)
+    steps = len(again.values("loss"))
+    assert steps == 0 or again.values("loss") == log.values("loss")[-steps:]
+    assert steps == 0 or again.values("num_tokens") == log.values("num_tokens")[-steps:]
+
+
+@pytest.mark.long
+def test_from_every_moment(whole, tiny_llama_dir, dropout, tmp_path):
+    folder, expected, _ = whole
+    paths = sorted(folder.glob("*.ckpt"))
+    assert len(paths) > 30
+    for path in paths:
+        resumed, _ = fit(tiny_llama_dir, tmp_path, ckpt_path=path, adapter=dropout)
+        assert_equal_weights(expected, resumed)
+
+
+def test_lightnings_own_callback_does_not_spoil_a_resumed_run(tiny_llama_dir, tmp_path):
+    """Having forgotten what it saved, it saves again inside the first window."""
+    saving = {"every_n_train_steps": 1, "save_top_k": -1}
+    first = ModelCheckpoint(tmp_path / "first", "{step}", **saving)
+    expected, _ = fit(tiny_llama_dir, tmp_path, first, enable_checkpointing=True)
+    again = ModelCheckpoint(tmp_path / "again", "{step}", **saving)
+    path = tmp_path / "first" / "step=1.ckpt"
+    fit(tiny_llama_dir, tmp_path, again, ckpt_path=path, enable_checkpointing=True)
+    path = tmp_path / "again" / "step=1.ckpt"
+    assert path.exists()
+    assert_equal_weights(expected, fit(tiny_llama_dir, tmp_path, ckpt_path=path)[0])

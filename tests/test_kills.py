@@ -1,0 +1,86 @@
+"""SIGKILL whenever it comes: a run that is started again ends like one that was left alone."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.modules.test_distributed import free_port
+from tests.training_runs import assert_close_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+RANDOM_KILLS = 25
+
+
+def started(model: Path, runs: list[dict], **environment: str) -> subprocess.Popen:
+    words = [sys.executable, "-m", "tests.kill_script", str(model), json.dumps(runs)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **streams)
+
+
+def ends(script: subprocess.Popen) -> list[str]:
+    """How its runs ended."""
+    try:
+        said, _ = script.communicate(timeout=500)
+    finally:
+        script.kill()
+    assert script.returncode == 0, said[-4000:]
+    return [line for line in said.splitlines() if line.startswith(("killed", "status"))]
+
+
+def final(folder: Path) -> bytes:
+    return (folder / "final.safetensors").read_bytes()
+
+
+def test_killed_inside_a_window_a_write_and_validation(tiny_llama_dir, tmp_path):
+    kills = {"window": "window:3", "write": "write:3", "validation": "validation:4"}
+    runs = [{"out": str(tmp_path / "whole")}]
+    for name, kill in kills.items():
+        runs += [{"out": str(tmp_path / name), "kill": kill}, {"out": str(tmp_path / name)}]
+    assert ends(started(tiny_llama_dir, runs)) == ["status 0", *(3 * ["killed", "status 0"])]
+    for name in kills:
+        assert final(tmp_path / name) == final(tmp_path / "whole"), name
+    left = list((tmp_path / "write").rglob("*.partial"))
+    assert not left  # of the write that was cut off
+
+
+@pytest.mark.long
+def test_killed_at_random_moments(tiny_llama_dir, tmp_path):
+    """Each run twice: as it begins, and as it goes on."""
+    script = started(tiny_llama_dir, [{"out": str(tmp_path / "whole")}])
+    said, _ = script.communicate(timeout=100)
+    times = {words[0]: float(words[1]) for words in map(str.split, said.splitlines()[-3:-1])}
+    seconds = times["ended"] - times["began"]
+    draw = random.Random(0)
+    runs, folders = [], [tmp_path / str(i) for i in range(RANDOM_KILLS)]
+    for folder in folders:
+        kills = [str(draw.uniform(0, share * seconds)) for share in (1.0, 0.6)]
+        runs += [{"out": str(folder), "kill": kill} for kill in (*kills, "")]
+    found = ends(started(tiny_llama_dir, runs))
+    assert set(found[2::3]) == {"status 0"}
+    assert found.count("killed") >= RANDOM_KILLS
+    for folder in folders:
+        assert final(folder) == final(tmp_path / "whole"), folder
+        shutil.rmtree(folder)
+
+
+@pytest.mark.long
+def test_two_ranks_killed_end_like_one_process(tiny_llama_dir, tmp_path):
+    runs = [
+        {"out": str(tmp_path / "two"), "kill": kill, "port": free_port()}
+        for kill in ("step:2", "window:2", "sigterm:2", "validation:2", "")
+    ]
+    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [started(tiny_llama_dir, runs, **place, LOCAL_RANK=str(rank)) for rank in (0, 1)]
+    found = [ends(rank) for rank in ranks]
+    for rank in found:
+        assert rank == ["killed", "killed", "status 143", "killed", "status 0"]
+    ends(started(tiny_llama_dir, [{"out": str(tmp_path / "one")}]))
+    one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))
+    assert_close_weights(one, two, atol=1e-6)
