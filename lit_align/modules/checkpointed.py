@@ -38,7 +38,7 @@ class CheckpointedModule(LoggedModule):
         self.delta_checksum: str | None = None  # of the delta that the run starts from
         self.run_seed: int | None = None  # a resumed run goes on with the first one's
         self._stepped = 0  # steps before the accumulation window under way
-        self._counted_at_step = self.throughput  # what had been counted when it began
+        self._counted_at_step = copy.copy(self.throughput)  # what had been counted before it
 
     def setup(self, stage: str) -> None:
         """Have checkpoints written whole and verified, unless the user brings a plugin."""
@@ -46,25 +46,17 @@ class CheckpointedModule(LoggedModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = VerifiedCheckpointIO()
 
-    def on_train_start(self) -> None:
-        """Agree on the seed of what is random in training."""
-        self._note_step()
-        if self.run_seed is None:
-            self.run_seed = self.trainer.strategy.broadcast(torch.initial_seed())
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers depend on the place alone, so that a resumed run draws the same."""
-        assert self.run_seed is not None
+        if self.run_seed is None:
+            self.run_seed = self.trainer.strategy.broadcast(torch.initial_seed())
         seed_batch(self.run_seed, self.current_epoch, batch_idx, self.global_rank)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the log where it is due; after a step a new accumulation window begins."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         if self.global_step > self._stepped:
-            self._note_step()
-
-    def _note_step(self) -> None:
-        self._stepped, self._counted_at_step = self.global_step, copy.copy(self.throughput)
+            self._stepped, self._counted_at_step = self.global_step, copy.copy(self.throughput)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -118,7 +110,8 @@ class CheckpointedModule(LoggedModule):
             load_allocation_state(self.model, theirs[RANKS])
         self.run_seed = theirs.get("run_seed")
         self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
-        self.logged_step = int(checkpoint["global_step"])
+        self._counted_at_step = copy.copy(self.throughput)
+        self._stepped = self.logged_step = int(checkpoint["global_step"])
 
     def _identity(self) -> dict[str, Any]:
         return {
