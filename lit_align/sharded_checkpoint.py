@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lit_align.errors import TrainingError
+from lit_align.unpickling import UNREADABLE_PICKLE
 
 METADATA_FILE = ".metadata"
 HARMLESS = {
@@ -29,10 +30,6 @@ HARMLESS = {
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "Path"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
-UNREADABLE = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-    EOFError, ImportError, AssertionError, pickle.UnpicklingError,
-)  # fmt: skip
 
 
 class _HarmlessUnpickler(pickle.Unpickler):
@@ -63,7 +60,7 @@ def check_sharded_checkpoint(folder: str | Path) -> None:
         kinds = dict(metadata.state_dict_metadata)
         for index, place in parts.items():
             _check_part(folder, place, isinstance(kinds[index.fqn], BytesStorageMetadata))
-    except UNREADABLE as error:
+    except UNREADABLE_PICKLE as error:
         raise TrainingError(
             f"{folder}: not a sharded checkpoint, damaged, or one that brings code: {error}"
         ) from error

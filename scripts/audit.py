@@ -158,8 +158,14 @@ def known_vulnerabilities(pip_audit: Path) -> list[str] | None:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         print(f"pip-audit: its database cannot be reached, nothing is known: {said:.300}")
         return None
-    for skipped in (p for p in packages if "skip_reason" in p):
-        print(f"pip-audit: {skipped['name']}: not checked: {skipped['skip_reason']:.200}")
+    skipped = [p for p in packages if "skip_reason" in p]
+    if len(skipped) == len(packages):  # a mirror of PyPI may have the files and not the database
+        reason = skipped[0]["skip_reason"] if skipped else "it names no package"
+        print(f"pip-audit: it knows none of the packages, nothing is known: {reason:.300}")
+        return None
+    print(f"pip-audit: {len(packages) - len(skipped)} packages checked, {len(skipped)} not")
+    for package in skipped:
+        print(f"  not checked: {package['name']}: {package['skip_reason']:.200}")
     return [
         f"{p['name']} {p['version']}: {v['id']}, mended in {', '.join(v['fix_versions']) or 'none'}"
         for p in packages

@@ -89,6 +89,11 @@ def test_the_bill_of_materials(audit):
         ("exit 3", None, "cannot be reached"),
         ("echo refused >&2; exit 1", None, "nothing is known: refused"),
         (
+            """echo '{"dependencies": [{"name": "a", "skip_reason": "not found"}]}'""",
+            None,
+            "nothing is known: not found",
+        ),
+        (
             """echo '{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}'""",
             [],
             "",
@@ -98,7 +103,7 @@ def test_the_bill_of_materials(audit):
                [{"id": "CVE-1", "fix_versions": ["2"]}]}, {"name": "b", "skip_reason": "new"}]}'
                exit 1""",
             ["a 1: CVE-1, mended in 2"],
-            "b: not checked: new",
+            "not checked: b: new",
         ),
     ],
 )
