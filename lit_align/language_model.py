@@ -122,7 +122,7 @@ def pretrained(folder: Path, *, trust_remote_code: bool = False, **options: Any)
     """
     check_config_file(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
@@ -131,6 +131,7 @@ def pretrained(folder: Path, *, trust_remote_code: bool = False, **options: Any)
         )
     except UNUSABLE as error:
         raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+    model, report = loaded
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(f"{folder} lacks {lacking[0]!r}, which its model has")
     return model

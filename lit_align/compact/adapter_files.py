@@ -141,7 +141,8 @@ def _read_config(folder: Path) -> _Scaling:
     for name, plain in NOT_READ.items():
         if (config.get(name) or None) not in (plain or None, None):
             raise ModelError(f"{path}: adapters with {name} are not read")
-    alpha, rank = config.get("lora_alpha"), config.get("init_r", 12)  # peft's own
+    alpha: Any = config.get("lora_alpha")
+    rank = config.get("init_r", 12)  # peft's own
     use_rslora = config.get("use_rslora", False)
     if type(alpha) not in (int, float) or type(rank) is not int or rank < 1:
         raise ModelError(f"{path} is damaged: lora_alpha and init_r are no numbers")

@@ -36,6 +36,8 @@ from lit_align.language_model import UNUSABLE
 
 Truncation: TypeAlias = Literal["keep_start", "keep_end", "error"]
 SAME_TOKENS = "chosen and rejected have the same tokens, as far as they are kept"
+# What a template of a model's folder may end with, its author's own words or a mistake in it.
+REFUSED: tuple[type[Exception], ...] = (TemplateError, *UNUSABLE)
 TrainOn: TypeAlias = Literal["last", "all_assistant"]
 
 
@@ -201,7 +203,7 @@ class RowTokenizer:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, *UNUSABLE) as error:  # the template is the model folder's
+        except REFUSED as error:
             raise BadRowError("the chat template refuses the messages", str(error)) from error
 
     def _truncated(self, ids: _Ids, role: int) -> TokenizedSequence:
