@@ -50,9 +50,13 @@ class TextDataModule(ReadingDataModule):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next train loader go on from there."""
-        self._resume_from = state_dict
+        """Let the train loader go on from there, the next one where there is none yet."""
         self._streams.resumed = True
+        loader = self.trainer.train_dataloader if self.trainer is not None else None
+        if isinstance(loader, ResumableDataLoader | StreamingLoader):
+            loader.load_state_dict(state_dict)  # ModelParallelStrategy restores late
+        else:
+            self._resume_from = state_dict
 
     def val_dataloader(self) -> Any:
         """Longest rows first; no loader where there are no validation rows."""
