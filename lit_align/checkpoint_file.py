@@ -6,7 +6,6 @@ them; reading a checkpoint here does, before anything is made of it.
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -20,13 +19,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.errors import TrainingError
 from lit_align.files import atomic_file
+from lit_align.unpickling import UNREADABLE_PICKLE
 
 SUFFIX = ".ckpt"
 NEWEST = ("last", "hpc_ckpt_")  # how the names begin that stand for the newest of a folder
-DAMAGE = (
-    OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AttributeError,
-    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
-)  # fmt: skip
+DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE_PICKLE, zipfile.BadZipFile, zlib.error)
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.training_runs import assert_close_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM_KILLS = 25
+TIMES = ("began", "ended")
 
 
 def started(model: Path, runs: list[dict], **environment: str) -> subprocess.Popen:
@@ -55,8 +57,8 @@ def test_killed_at_random_moments(tiny_llama_dir, tmp_path):
     """Each run twice: as it begins, and as it goes on."""
     script = started(tiny_llama_dir, [{"out": str(tmp_path / "whole")}])
     said, _ = script.communicate(timeout=100)
-    times = {words[0]: float(words[1]) for words in map(str.split, said.splitlines()[-3:-1])}
-    seconds = times["ended"] - times["began"]
+    began, ended = (float(re.findall(rf"^{word} (.*)$", said, re.M)[0]) for word in TIMES)
+    seconds = ended - began
     draw = random.Random(0)
     runs, folders = [], [tmp_path / str(i) for i in range(RANDOM_KILLS)]
     for folder in folders:
