@@ -1,6 +1,9 @@
 """FSDP2 through ModelParallelStrategy: shards of every kind of mask, two processes equal one."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from lit_align.masks.granularity import Selection
 from lit_align.modules.parallel import data_parallel_mesh
 from lit_align.shards import Shard, rows_of_rank
 from lit_align_kernels.swap_selected import gather_entries
-from tests.modules.distributed_script import run, run_ranks
+from tests.modules.distributed_script import ROOT, run, run_ranks
 from tests.tiny_models import save_tiny_model, tiny_model
 from tests.training_runs import assert_close_weights, assert_equal_weights
 
@@ -151,3 +154,22 @@ def test_a_checkpoint_of_two_processes_resumes(ranks, runs, on_two, tmp_path):
         assert_close_weights(resumed, uninterrupted, atol=1e-6)
         if ranks == 2:
             assert_equal_weights(resumed, uninterrupted)
+
+
+@pytest.mark.long
+def test_the_config_runs_on_two_processes(tiny_llama_dir, tmp_path):
+    """Started as a user does: Lightning makes the second process."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    given = {
+        "model.init_args.model": tiny_llama_dir, "trainer.accelerator": "cpu", "trainer.devices": 2,
+        "trainer.strategy.init_args.data_parallel_size": 2, "trainer.precision": "32-true",
+        "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 1,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "lit_align.cli", "fit", "--config"]
+    command += ["configs/masked_dpo_fsdp.yaml", *(f"--{name}={v}" for name, v in given.items())]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert ParameterMask.load(tmp_path / "runs/masked_dpo_fsdp/mask.safetensors").count()
