@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning
 from jsonargparse import auto_cli
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_align.callbacks import LogpsWriter
+from lit_align.callbacks import Checkpointing, LogpsWriter
 from lit_align.errors import LitAlignError
 from lit_align.modules import LanguageModelModule
 from lit_align.modules.checkpointed import read_checkpoint
@@ -87,6 +87,10 @@ class AlignCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", root)
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs.setdefault("logger", default_loggers(root))
+        configured = self._get(self.config_init, "trainer.callbacks") or []
+        wanted = self._get(self.config_init, "trainer.enable_checkpointing") is not False
+        if wanted and not any(isinstance(c, Checkpoint) for c in configured):
+            kwargs.setdefault("callbacks", [*configured, Checkpointing()])
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "predict":
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -152,8 +152,8 @@ def fitted(workplace, model) -> Path:
         patch.chdir(workplace)
         patch.setattr(sys, "argv", ["lit-align"])
         main(["fit", *DPO, *model])
-    (checkpoint,) = (workplace / "runs" / "masked_dpo_tiny").rglob("*.ckpt")
-    return checkpoint
+    kept = (workplace / "runs" / "masked_dpo_tiny" / "checkpoints").glob("*.ckpt")
+    return max(kept, key=lambda p: p.stat().st_mtime)
 
 
 def fails(capsys, *words: str, code: int = 1) -> str:
@@ -233,7 +233,6 @@ def test_fit_logs_to_csv_and_tensorboard(fitted, workplace):
     header = (version / "metrics.csv").read_text("utf-8").splitlines()[0].split(",")
     assert {"loss", "rewards/margins", "eval_loss", "mask/density"} <= set(header)
     assert list(version.glob("events.out.tfevents*"))
-    assert fitted.is_relative_to(version)
 
 
 def test_fit_goes_on_from_its_checkpoint(fitted, model, tmp_path):
