@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
+from lit_align.compact import delta
 from lit_align.compact.adapter_files import load_adapters, save_adapters
 from lit_align.compact.adapters import AdapterSettings, add_adapters
-from lit_align.compact.delta import Delta, export_delta
+from lit_align.compact.delta import apply_delta, export_delta
 from lit_align.data import RowTokenizer
 from lit_align.data.bad_rows import BadRows
 from lit_align.data.loading import RowLoader
@@ -23,6 +23,7 @@ from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_s
 from lit_align.localizers.stored import StoredParameters, parameter_shapes
 from lit_align.masks import ParameterMask, Selection, io, named_shapes
 from lit_align.masks.convert import ModelNames, mask_of_targets, read_allo, read_targets, write_allo
+from lit_align.modules import reference_store
 from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.modules.reference_store import ReferenceStore, sequence_digest
 from lit_align.pipelines.manifest import load_manifest
@@ -90,14 +91,14 @@ class Artefacts:
                 if selection.count():
                     mask.entries(name)
 
-        return Artefact(path, read, (damaged, other_header, other_mask, other_mask, other_tensor))
+        return Artefact(path, read, (damaged, other_header, *FORGED))
 
     def delta(self) -> Artefact:
         mask = ParameterMask.load(self.mask().path)
         path = self.folder / "delta.safetensors"
         export_delta(self.model, path, mask)
-        mutations = (damaged, other_header, other_mask, other_tensor)
-        return Artefact(path, lambda: Delta.load(path), mutations)
+        victim = tiny_model(seed=1)
+        return Artefact(path, lambda: apply_delta(victim, path), (damaged, other_header, *FORGED))
 
     def public_mask(self) -> Artefact:
         path = self.folder / "allo.bin"
@@ -118,7 +119,7 @@ class Artefacts:
         logps = {d: -np.ones(n + 1, np.float32) for n, d in enumerate(digests)}
         path = store.folder / store.write(logps)
         read = lambda: store.read(path.name, EverySequence())  # noqa: E731
-        return Artefact(path, read, (damaged, other_header, other_tensor))
+        return Artefact(path, read, (damaged, other_header, other_tensor, signed(other_tensor)))
 
     def manifest(self) -> Artefact:
         output = self.folder / "run"
@@ -258,37 +259,28 @@ class Artefacts:
 KINDS = tuple(name for name in vars(Artefacts) if not name.startswith("_"))
 
 
-def other_mask(data: bytes, source: random.Random) -> bytes:
-    """A mask or delta with another document, as a careful forger writes it: checksum and all."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    document = json.loads(header["__metadata__"][io._KEY])
-    del document["checksum"]
-    text = other_json(json.dumps(document).encode(), source)
-    try:
-        document = json.loads(text)
-        document["checksum"] = io._checksum(document)
-        text = json.dumps(document).encode()
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        pass  # not even JSON
-    header["__metadata__"][io._KEY] = text.decode("utf-8", "replace")
+def _rebuilt(data: bytes, header: dict) -> bytes:
     new = json.dumps(header).encode()
-    return len(new).to_bytes(8, "little") + new + data[8 + size :]
+    return len(new).to_bytes(8, "little") + new + data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def _header(data: bytes) -> dict:
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def other_document(data: bytes, source: random.Random) -> bytes:
+    """A mask or delta with another document; its checksum is left to `signed`."""
+    header = _header(data)
+    text = other_json(header["__metadata__"][io._KEY].encode(), source)
+    header["__metadata__"][io._KEY] = text.decode("utf-8", "replace")
+    return _rebuilt(data, header)
 
 
 def other_tensor(data: bytes, source: random.Random) -> bytes:
     """A safetensors file of ours in which one sound tensor stands for another."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
-        path.write_bytes(data)
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+    tensors, metadata = load(data), _header(data)["__metadata__"]
     name = source.choice(sorted(tensors))
-    old = tensors[name]
-    flat = old.reshape(-1).clone()
+    flat = tensors[name].reshape(-1).clone()
     kinds = [
         lambda: flat.flip(0),
         lambda: flat[:-1],
@@ -305,3 +297,47 @@ def other_tensor(data: bytes, source: random.Random) -> bytes:
     if source.random() < 0.1:
         tensors[source.choice(["x", "", "values.x", "../x"])] = tensors.pop(name)
     return save(tensors, metadata)
+
+
+def signed(mutation: Mutation) -> Mutation:
+    """The mutation, with digests and checksums made right again where that can be done."""
+
+    def mutate(data: bytes, source: random.Random) -> bytes:
+        data = mutation(data, source)
+        try:
+            header = _header(data)
+            metadata, tensors = header["__metadata__"], load(data)
+            if io._KEY in metadata:
+                metadata[io._KEY] = _signed_document(json.loads(metadata[io._KEY]), tensors)
+            else:
+                arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+                metadata["checksum"] = reference_store._checksum(metadata["key"], arrays)
+            return _rebuilt(data, header)
+        except Exception:  # too far gone to be signed: that, too, is a file to be refused
+            return data
+
+    mutate.__name__ = f"signed {mutation.__name__}"
+    return mutate
+
+
+def _signed_document(document: dict, tensors: dict[str, torch.Tensor]) -> str:
+    selections = {}
+    for entry in document["parameters"]:
+        kind, shape, tensor = entry["kind"], entry["shape"], tensors.get(entry["name"])
+        if kind == "rows":
+            selection = Selection.of_rows(shape, tensor.long(), entry["axis"])
+        else:
+            selection = Selection(kind, tuple(shape), bitmap=tensor)
+        selections[entry["name"]] = selection
+    document["digest"] = ParameterMask(selections).digest
+    prefix = delta.VALUES_PREFIX
+    values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if values:
+        document["metadata"]["extra"][delta.CHECKSUM] = delta._checksum(values)
+    del document["checksum"]
+    document["checksum"] = io._checksum(document)
+    return json.dumps(document)
+
+
+# Kinds of a careful forger, who leaves no checksum wrong.
+FORGED = (other_document, other_tensor, signed(other_document), signed(other_tensor))
