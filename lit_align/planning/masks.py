@@ -120,6 +120,11 @@ class PlannedMask:
         """Selected / all entries."""
         return self.count() / sum(math.prod(s.shape) for s in self.selections.values())
 
+    def bitmaps(self) -> list[torch.Tensor]:
+        """The bits that a run keeps of its mask in main memory, where single elements train."""
+        sizes = (math.prod(s.shape) for s in self.selections.values() if s.kind == "elements")
+        return [torch.empty(-(-size // 8), dtype=torch.uint8) for size in sizes]
+
     def check_matches(self, model_or_shapes: Any, base_fingerprint: str | None = None) -> None:
         """The mask was made for the model that is planned."""
 

@@ -85,16 +85,17 @@ def step_memory(settings: PlanSettings) -> StepMemory:
         FakeTensorMode() as fake,
         MemoryTracker() as tracker,
         weightless(padded=padded, gpu=settings.device == "gpu"),
-        _parts_of_calls(tracker),
+        parts_of_calls(tracker),
     ):
         batch = batch._mapped(fake.from_tensor)
         tracker.tag((v for v in vars(batch).values() if isinstance(v, Tensor)), "batch")
-        return _run(settings, mask, batch, tracker)
+        return run_steps(settings, mask, batch, tracker)
 
 
-def _run(
-    settings: PlanSettings, mask: PlannedMask | None, batch: PackedBatch, tracker: MemoryTracker
+def run_steps(
+    settings: PlanSettings, mask: Any, batch: PackedBatch, tracker: MemoryTracker
 ) -> StepMemory:
+    """Two training steps under a tracker, on fake tensors or, with a `ParameterMask`, real ones."""
     module, trainer = planned_module(settings, mask)
     with (
         tracker.counting_as("weights"),
@@ -103,6 +104,9 @@ def _run(
         module.configure_model()
     model = module.model
     parameters = _tag_model(tracker, model)
+    host = settings.device == "cpu" and isinstance(mask, PlannedMask)
+    bitmaps = mask.bitmaps() if host else []
+    tracker.tag(bitmaps, "mask")
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
     _step(module, batch, optimizer, trainer, tracker)
@@ -200,7 +204,7 @@ def _recomputed(tracker: MemoryTracker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _parts_of_calls(tracker: MemoryTracker) -> Iterator[None]:
+def parts_of_calls(tracker: MemoryTracker) -> Iterator[None]:
     """Count what the head's functions make as the head's."""
     with contextlib.ExitStack() as stack:
         for owner, name in (
