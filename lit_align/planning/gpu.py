@@ -24,8 +24,8 @@ Replace = Callable[[Any, str, Any], None]
 def as_on_a_gpu(replace: Replace) -> None:
     """Put the Triton path's allocations in the place of the CPU's.
 
-    Its kernels allocate little besides their results. (Index tables that they derive from a mask
-    of single elements are about an eighth of a byte for each entry of the weight: not counted.)
+    Its kernels allocate little besides their results; for the tables that they derive from a mask
+    see `PlannedMask.tables`.
     """
     from lit_align_kernels.masked_adamw import kernel as adamw_kernel
     from lit_align_kernels.masked_weight_grad import kernel as gradient_kernel

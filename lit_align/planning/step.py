@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,11 +83,13 @@ def step_memory(settings: PlanSettings) -> StepMemory:
     mask, batch = mask_of(settings), made_up_batch(settings)
     padded = bool((batch.attention_mask == 0).any())
     with (
+        warnings.catch_warnings(),
         FakeTensorMode() as fake,
         MemoryTracker() as tracker,
         weightless(padded=padded, gpu=settings.device == "gpu"),
         parts_of_calls(tracker),
     ):
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         batch = batch._mapped(fake.from_tensor)
         tracker.tag((v for v in vars(batch).values() if isinstance(v, Tensor)), "batch")
         return run_steps(settings, mask, batch, tracker)
@@ -104,9 +107,8 @@ def run_steps(
         module.configure_model()
     model = module.model
     parameters = _tag_model(tracker, model)
-    host = settings.device == "cpu" and isinstance(mask, PlannedMask)
-    bitmaps = mask.bitmaps() if host else []
-    tracker.tag(bitmaps, "mask")
+    tables = mask.tables() if isinstance(mask, PlannedMask) and not has_adapters(model) else []
+    tracker.tag(tables, "mask")
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
     _step(module, batch, optimizer, trainer, tracker)

@@ -16,8 +16,11 @@ from lit_align.planning import (
     shipped_configs,
     step_memory,
 )
+from lit_align.planning.masks import planned_mask_of_file
 from lit_align.planning.model_configs import weightless_model
 from lit_align.planning.tracker import MemoryTracker
+from tests.tiny_models import tiny_model
+from tests.training_runs import random_mask
 
 SMALL = {"prompt_tokens": 8, "response_tokens": 8}
 
@@ -69,6 +72,24 @@ def test_parts_of_rows_in_bf16_by_hand(tiny_llama_dir):
     assert 2 * memory.parameters <= parts["weights"] <= 2 * memory.parameters + 1000  # rotary
     assert 0.1 <= memory.trained / memory.parameters < 0.13  # rounded up in every parameter
     assert memory.peak["logits and head"] > 0 and memory.peak["activations"] > 0
+
+
+@pytest.mark.parametrize("granularity", ["row", "element"])
+def test_a_mask_file_is_planned_as_it_is(tiny_llama_dir, tmp_path, granularity):
+    mask = random_mask(0.25, granularity)
+    mask.save(tmp_path / "mask.safetensors")
+    settings = PlanSettings(
+        str(tiny_llama_dir), [(8, 8, 8)], mask=str(tmp_path / "mask.safetensors"), device="cpu",
+        precision="32-true",
+    )  # fmt: skip
+    found = planned_mask_of_file(tiny_model(), settings.mask)
+    assert found.count() == mask.count()
+    name = "model.layers.1.mlp.up_proj.weight"
+    rows = [0, 3, 40]
+    assert found.selections[name].entries().counts_before(rows) == mask.entries(name).counts_before(
+        rows
+    )
+    assert step_memory(settings).trained == mask.count()
 
 
 def test_sharding_by_hand(tiny_llama_dir):
