@@ -36,6 +36,16 @@ def pytest_sessionfinish():
     gc.unfreeze()  # or what imports hold is reported as leaked
 
 
+@pytest.fixture
+def _unrendered(monkeypatch):
+    """Pictures are painted, but matplotlib does not make files of them: half a small run's time."""
+
+    def savefig(figure, file, **_):
+        file.write(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory) -> Path:
     """A tiny random Llama with tied embeddings, and its tokenizer, as a Hugging Face folder."""

@@ -1,10 +1,14 @@
-"""One rank of some runs under DDP with gloo; `test_distributed` starts two of these.
+"""Two ranks of some runs under DDP with gloo, in forks of one process.
 
+Usage: python -m tests.modules.distributed_script [RUN, ...]
 A run's folder gets what it ended in, and how many bytes this process wrote to sockets meanwhile.
 """
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -98,7 +102,32 @@ def run(objective: str, model: str, mask: str, out: str, world_size: int) -> Non
     trained.predict(module, rows_of)
 
 
+def start(rank: int, runs: list[dict[str, str]]) -> int:
+    """Fork, so that what is slow to import is imported once; the child's id."""
+    child = os.fork()
+    if child == 0:
+        os.environ["LOCAL_RANK"] = str(rank)
+        try:
+            for each in runs:
+                run(**each, world_size=2)
+            os._exit(0)
+        except BaseException:  # whatever it was: what follows is the parent's
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def main(runs: list[dict[str, str]]) -> None:
+    children = [start(rank, runs) for rank in range(2)]
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:  # it would wait for this one
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"a rank ended with {status}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for each in json.loads(sys.argv[1]):
-        run(**each, world_size=2)
+    main(json.loads(sys.argv[1]))
