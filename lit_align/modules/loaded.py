@@ -189,8 +189,8 @@ class LoadedModule(ReferencedModule):
         )
         if swaps and self.mask is None and dtype == torch.float32:
             raise TrainingError(
-                "reference: swap puts base values in place of what a mask or an adapter trains, and "
-                "this run trains the whole model: use reference: cache (or none)"
+                "reference: swap puts base values in place of what a mask or an adapter trains, "
+                "and this run trains the whole model: use reference: cache (or none)"
             )
         if self.mask is None and dtype != torch.float32:
             # fp32 masters for every entry: bf16 alone drops the updates of a low learning rate.
