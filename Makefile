@@ -15,10 +15,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VIEW := build/checks
 REQUIREMENTS := pyproject.toml constraints.txt
 OLD_TRITON := build/triton-3.6.0
-KERNELS_FAILED := build/.kernels-failed
 PIP_AUDIT := build/pip-audit
 
-.PHONY: help venv install install-dev demo test test-interpreted test-compiled test-long bench lint types imports audit view clean
+.PHONY: help venv install install-dev demo test test-main test-interpreted test-compiled test-long bench lint types imports audit view clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -32,13 +31,14 @@ install-dev: $(VENV)/.installed-dev
 demo: $(VENV)/.installed
 	$(BIN)/lit-align allo --config configs/demo.yaml
 
-# Triton's interpreter and its compiler do not share a process: two runs of pytest beside the main
-# one, both on one thread, at the same time.
+# Three runs of pytest at the same time, since Triton's interpreter and its compiler do not share a
+# process; what each says is printed when it ends.
 test: $(VENV)/.installed-dev
-	@mkdir -p build && rm -f $(KERNELS_FAILED)
-	$(MAKE) --output-sync=target --keep-going -j 2 test-interpreted test-compiled || touch $(KERNELS_FAILED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
-	@[ ! -e $(KERNELS_FAILED) ]
+	$(MAKE) --output-sync=target --keep-going -j 3 test-main test-compiled test-interpreted
+
+# Files in the order of tests/conftest.py: the long ones first, so that no worker is left waiting.
+test-main: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # 5: no test was chosen, which PYTEST_ARGS="-k name" may mean here.
 test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
@@ -47,10 +47,9 @@ test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
 # The slow proofs, and those of the kernels once more with the oldest Triton that they are for.
 test-long: $(VENV)/.installed-dev $(OLD_TRITON)/.installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m long tests/kernels/interpreted $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m long tests/kernels/compiled $(PYTEST_ARGS)
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/kernels/interpreted $(PYTEST_ARGS)
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/kernels/compiled $(PYTEST_ARGS)
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -m 'not long or old_triton' tests/kernels/compiled $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/lit-align bench $(BENCH_ARGS)

@@ -63,7 +63,8 @@ USAGE = """usage: lit-align VERB [options]     (lit-align VERB --help lists them
   token-auc   how well token weights find the words that people marked as wrong
   export      a checkpoint as a sparse delta, an adapter or a Hugging Face folder
   plan        the memory of a training step by part, before anything is loaded
-  bench       time the kernels on this device: bench [kernel ...], or --audit them without one
+  bench       time the kernels on this device, --audit them without one, or time DPO beside
+              TRL, peft and torch: bench [kernel ...], bench training
 """
 
 

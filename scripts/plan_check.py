@@ -56,9 +56,10 @@ def settings_of(case: dict[str, Any], model: str) -> Any:
 
 def planned(case: dict[str, Any], model: str) -> dict[str, Any]:
     """Peak and parts of the plan, MiB."""
-    from lit_align.planning import step_memory
+    from lit_align.planning import on_each_device, step_memory
 
-    memory = step_memory(settings_of(case, model))
+    settings = settings_of(case, model)
+    memory, _ = on_each_device(step_memory(settings), settings)
     parts = {part: round(n / MIB, 1) for part, n in memory.peak.items() if n > MIB / 20}
     return {"mib": memory.peak.total() / MIB, "parts_mib": parts}
 

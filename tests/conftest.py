@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import save_tiny_model
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -29,13 +27,30 @@ def _frozen():
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items):
+    """Whole programs first (they are right in tests/): their files take longest."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 def pytest_sessionfinish():
     gc.unfreeze()  # or what imports hold is reported as leaked
+
+
+@pytest.fixture
+def _unrendered(monkeypatch):
+    """Pictures are painted, but matplotlib does not make files of them: half a small run's time."""
+
+    def savefig(figure, file, **_):
+        file.write(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory) -> Path:
     """A tiny random Llama with tied embeddings, and its tokenizer, as a Hugging Face folder."""
+    from tests.tiny_models import save_tiny_model  # imports transformers: seconds
+
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
 
 

@@ -12,6 +12,7 @@ from lit_align.data import UnlearningDataModule
 from lit_align.gguf_alias import ALIAS, cache_dir
 from lit_align.pipelines.rewards.rewriting import REWRITING_PROMPT
 
+pytestmark = pytest.mark.usefixtures("_unrendered")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IDS = ["--data.init_args.train_file", "configs/data/unlearning_ids.jsonl"]
 FIT: dict[str, list[str]] = {

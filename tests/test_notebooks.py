@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, without a network, and is stored without outputs."""
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -19,14 +20,21 @@ def test_outputs_are_stripped(path):
     assert not any(cell.outputs or cell.execution_count for cell in cells)
 
 
+@pytest.fixture(scope="module")
+def client():
+    """One kernel for all notebooks, so that what is slow to import is imported once."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120, kernel_name="python3")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with client.setup_kernel(env=environment):
+        yield client
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_notebook_runs(path, tmp_path, client):
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    ).execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}"))
+    client.nb = notebook
+    client.execute(cleanup_kc=False)
     pictures = [
         output
         for cell in notebook.cells

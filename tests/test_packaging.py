@@ -19,6 +19,7 @@ ROOTS = {"lit_align": ROOT / "lit_align", "lit_align_kernels": ROOT / "kernels"}
 # Kernels, what they are made of and what audits them; the operations import them on demand.
 NEEDS_TRITON = re.compile(
     r"lit_align_kernels\.(audit\..+|launch_tables|selected_positions|\w+\.(kernel|row|rounding|audit))"
+    r"|lit_align\.pipelines\.training_bench\.worker\.trl_run"  # TRL's own imports, of an extra
 )
 
 IMPORT_WITHOUT_TRITON = """

@@ -46,43 +46,47 @@ class Facts:
     atomics: int
 
 
-def with_source_lines(ptx: str) -> str:
-    """The same PTX with right line numbers in its inline assembly.
+def sources_of_ptx(ptx: str) -> list[tuple[str, int]]:
+    """Source file and number of the line that each line of PTX comes from, which count from 1.
 
     Triton writes global accesses as inline assembly of several lines, and LLVM counts the source
-    line up with each: the third one is said to come from two lines below the statement.
+    line up with each: only the first place that such a block names is right.
     """
-    out, first = [], None
-    inside = False
-    for row in ptx.splitlines(keepends=True):
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M))
+    sources, place = [("", 0)], ("", 0)
+    inside = named = False
+    for row in ptx.split("\n"):
         if "begin inline asm" in row:
-            inside, first = True, None
+            inside, named = True, False
         elif "end inline asm" in row:
             inside = False
-        elif inside and row.lstrip().startswith(".loc"):
-            first = first or row
-            row = first
-        out.append(row)
-    return "".join(out)
+        elif (found := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", row)) and not (inside and named):
+            place, named = (files[found.group(1)], int(found.group(2))), True
+        sources.append(place)
+    return sources
 
 
 def read_nvidia(asm: dict[str, Any], ptxas_log: str) -> Facts:
     """Facts of a cubin and of what ptxas printed about it.
 
+    Accesses are led back by way of the PTX: in the table of source lines proper, ptxas leaves out
+    that the file changes where the number of the line stays the same.
+
     Raises:
         subprocess.CalledProcessError: the disassembler refused the cubin.
     """
     accesses, matrix, atomics = [], collections.Counter[str](), 0
-    file, line = "", 0
+    sources = sources_of_ptx(asm["ptx"])
+    place = sources[0]
     for text in _disassembled(asm["cubin"]).splitlines():
-        if place := re.search(r'//## File "([^"]*)", line (\d+)', text):
-            file, line = place.group(1), int(place.group(2))
+        if found := re.search(r'//## File "\.nv_debug_ptx_txt", line (\d+)', text):
+            place = sources[int(found.group(1))]
             continue
         parts = _sass_opcode(text)
         if not parts:
             continue
         if parts[0] in NVIDIA_ACCESSES:
-            accesses.append(Access(_sass_width(parts), file, line))
+            accesses.append(Access(_sass_width(parts), *place))
         elif parts[0] in ATOMICS:
             atomics += 1
         elif kind := _sass_matrix(parts[0]):
@@ -97,7 +101,7 @@ def _disassembled(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.nvdisasm.path
-        command = [tool, "--print-line-info", "--print-code", file.name]
+        command = [tool, "--print-line-info-ptx", "--print-code", "--no-dataflow", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -105,21 +105,34 @@ class CompileReport:
 def compile_audit(case: CompileCase, target: str) -> CompileReport:
     """Compile `case` for `target` (one of `TARGETS`) and report.
 
+    Cases that differ by their names alone are compiled once in a process.
+
     Raises:
         ValueError: an argument of the kernel is in neither the signature nor the constexprs.
         triton.CompilationError: what the compiler says.
     """
+    launch = (
+        *(_unwrap(case.kernel), tuple(case.signature.items()), tuple(case.constexprs.items())),
+        *(case.num_warps, case.num_stages, target),
+    )
+    if launch not in _reports:
+        _reports[launch] = _report(case, target)
+    return dataclasses.replace(_reports[launch], name=case.name)
+
+
+_reports: dict[tuple[Any, ...], CompileReport] = {}
+
+
+def _report(case: CompileCase, target: str) -> CompileReport:
     function = _unwrap(case.kernel)
     log = io.StringIO()
     with (
         triton.knobs.compilation.scope(),
-        triton.knobs.runtime.scope(),
         triton.knobs.nvidia.scope(),
         contextlib.redirect_stdout(log),
     ):
         triton.knobs.compilation.always_compile = True  # out of the cache comes no ptxas log
         triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.runtime.add_stages_inspection_hook = _keep_source_lines
         compiled = _compile(function, case, target)
     read = assembly.read_amd if target.startswith("gfx") else assembly.read_nvidia
     facts = read(compiled.asm, log.getvalue())
@@ -134,19 +147,6 @@ def compile_audit(case: CompileCase, target: str) -> CompileReport:
         matrix_instructions=facts.matrix_instructions,
         atomics=facts.atomics,
     )
-
-
-def _keep_source_lines(*of_backend: Any) -> Any:
-    """Hook of Triton's pipeline: mend the lines in the PTX before it is assembled."""
-    if not of_backend:
-        return "source lines", "source lines"  # what such a compilation is cached under
-    _, stages, *_ = of_backend
-    if "ptx" in stages:
-        make_ptx = stages["ptx"]
-        stages["ptx"] = lambda source, metadata: assembly.with_source_lines(
-            make_ptx(source, metadata)
-        )
-    return None
 
 
 def _unwrap(kernel: Any) -> JITFunction:

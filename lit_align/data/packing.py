@@ -6,6 +6,7 @@ In numpy until the end: torch would start its threads for each of these few smal
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PackedBatch:
         pad_id: token id to pad with; never read by a loss.
     """
     sequences = [sequence for row in rows for sequence in row.sequences]
-    row_ids = [row.row_id for row in rows for _ in row.sequences]
     lengths = np.array([sequence.num_tokens for sequence in sequences])
     num_targets = np.array([len(sequence.response_ids) for sequence in sequences])
     positions = np.tile(np.arange(lengths.max()), (len(sequences), 1))
@@ -37,13 +37,23 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PackedBatch:
         position_ids=torch.from_numpy(positions),
         attention_mask=torch.from_numpy((positions < lengths[:, None]).astype(np.int64)),
         hidden_index=_hidden_index(lengths, num_targets),
-        target_ids=joined([sequence.response_ids for sequence in sequences], np.int64),
-        sequence_index=torch.from_numpy(np.repeat(np.arange(len(sequences)), num_targets)),
-        token_weights=joined(map(weights, sequences, row_ids), np.float32),
-        sequence_roles=torch.tensor([sequence.role for sequence in sequences]),
-        row_ids=torch.tensor(row_ids),
-        ref_per_token_logps=reference_logps(sequences),
+        **target_fields(rows),
     )
+
+
+def target_fields(rows: Sequence[TokenizedRow]) -> dict[str, Any]:
+    """What a batch says of its targets and sequences, the same in every layout."""
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    row_ids = [row.row_id for row in rows for _ in row.sequences]
+    num_targets = [len(sequence.response_ids) for sequence in sequences]
+    return {
+        "target_ids": joined([sequence.response_ids for sequence in sequences], np.int64),
+        "sequence_index": torch.from_numpy(np.repeat(np.arange(len(sequences)), num_targets)),
+        "token_weights": joined(map(_weights, sequences, row_ids), np.float32),
+        "sequence_roles": torch.tensor([sequence.role for sequence in sequences]),
+        "row_ids": torch.tensor(row_ids),
+        "ref_per_token_logps": _reference_logps(sequences),
+    }
 
 
 def _padded_ids(sequences: Sequence[TokenizedSequence], longest: int, pad_id: int) -> Tensor:
@@ -67,7 +77,7 @@ def _hidden_index(lengths: np.ndarray, num_targets: np.ndarray) -> Tensor:
     return torch.from_numpy(np.repeat(first - before, num_targets) + np.arange(num_targets.sum()))
 
 
-def weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
+def _weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
     """(N,) weights of one sequence."""
     if row_id == FILLER_ROW_ID:
         return np.zeros(len(sequence.response_ids))
@@ -76,7 +86,7 @@ def weights(sequence: TokenizedSequence, row_id: int) -> np.ndarray:
     return sequence.token_weights
 
 
-def reference_logps(sequences: Sequence[TokenizedSequence]) -> Tensor | None:
+def _reference_logps(sequences: Sequence[TokenizedSequence]) -> Tensor | None:
     """(N,) fp32, or None where no sequence has them; they are known for all or for none."""
     known = [s.ref_per_token_logps for s in sequences if s.ref_per_token_logps is not None]
     if not known:

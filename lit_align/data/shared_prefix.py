@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lit_align.batch import PackedBatch
-from lit_align.data.packing import collate, joined, reference_logps, weights
+from lit_align.data.packing import collate, joined, target_fields
 from lit_align.data.schema import TokenizedRow, TokenizedSequence
 from lit_align.errors import DataError
 
@@ -33,9 +33,6 @@ def pack(rows: Sequence[TokenizedRow]) -> PackedBatch:
     """
     parts = [_Packed(row) for row in rows]
     starts = np.cumsum([0, *(part.num_tokens for part in parts)])
-    sequences = [sequence for row in rows for sequence in row.sequences]
-    row_ids = [row.row_id for row in rows for _ in row.sequences]
-    num_targets = [len(sequence.response_ids) for sequence in sequences]
     positions = [place for part in parts for place in part.positions]
     predictors = [
         start + index
@@ -48,12 +45,7 @@ def pack(rows: Sequence[TokenizedRow]) -> PackedBatch:
         position_ids=joined(positions, np.int64)[None],
         attention_mask=torch.ones_like(input_ids),
         hidden_index=joined(predictors, np.int64),
-        target_ids=joined([sequence.response_ids for sequence in sequences], np.int64),
-        sequence_index=torch.from_numpy(np.repeat(np.arange(len(sequences)), num_targets)),
-        token_weights=joined(map(weights, sequences, row_ids), np.float32),
-        sequence_roles=torch.tensor([sequence.role for sequence in sequences]),
-        row_ids=torch.tensor(row_ids),
-        ref_per_token_logps=reference_logps(sequences),
+        **target_fields(rows),
         documents=tuple(document for part in parts for document in part.documents),
     )
 

@@ -115,12 +115,15 @@ class TokenBudgetSampler(BatchSampler):
         """First-fit, longest first."""
         order = self._sorted(order)
         free = np.full(len(order), self.max_tokens)
-        bins: list[list[int]] = [[] for _ in order]
+        bins: list[list[int]] = []
         for row in order.tolist():
-            place = int(np.argmax(free >= self.lengths[row]))
+            length = self.lengths[row]
+            place = int(np.argmax(free[: len(bins) + 1] >= length))  # the last of these is unused
+            if place == len(bins):
+                bins.append([])
             bins[place].append(row)
-            free[place] -= self.lengths[row]
-        return [rows for rows in bins if rows]
+            free[place] -= length
+        return bins
 
     def _in_order(self, order: np.ndarray) -> list[list[int]]:
         """Next-fit."""

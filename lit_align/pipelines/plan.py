@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from lit_align.compact.adapter_settings import AdapterSettings
 from lit_align.data.shared_prefix import Layout
 from lit_align.errors import TrainingError
+from lit_align.modules.activation_checkpointing import GradientCheckpointing
 from lit_align.planning.settings import (
     Method,
     PlanDevice,
@@ -44,7 +45,7 @@ def plan(
     layout: Layout | None = None,
     precision: PlanPrecision | None = None,
     masters: bool = True,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     reference: PlanReference = "cache",
     strategy: Strategy | None = None,
     devices: int = 1,
@@ -72,7 +73,8 @@ def plan(
         layout: padded or shared_prefix; None: shared_prefix for dpo, else padded.
         precision: 32-true, bf16-mixed or bf16-true; None: bf16-true on a GPU, 32-true on a CPU.
         masters: with bf16-true, train in fp32 masters; false: round stochastically without them.
-        gradient_checkpointing: keep the inputs of layers alone.
+        gradient_checkpointing: true keeps the inputs of layers alone, selective also the results
+            of matrix products and attention.
         reference: cache, swap or none, of methods with a reference.
         strategy: one_device, ddp or fsdp2; None: one_device, or ddp on several devices.
         devices: how many GPUs share the work.

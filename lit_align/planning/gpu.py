@@ -6,6 +6,7 @@ a plan stand on the CPU, and what the code does otherwise on a GPU is put in its
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_align.compact import fast_products
+from lit_align.errors import TrainingError
 from lit_align.modules import document_attention
 from lit_align_kernels import dispatch, products
 from lit_align_kernels.token_logprobs import chunks
@@ -24,9 +26,17 @@ Replace = Callable[[Any, str, Any], None]
 def as_on_a_gpu(replace: Replace) -> None:
     """Put the Triton path's allocations in the place of the CPU's.
 
-    Its kernels allocate little besides their results. (Index tables that they derive from a mask
-    of single elements are about an eighth of a byte for each entry of the weight: not counted.)
+    Its kernels allocate little besides their results; for the tables that they derive from a mask
+    see `PlannedMask.tables`.
+
+    Raises:
+        TrainingError: Triton is not installed.
     """
+    if importlib.util.find_spec("triton") is None:
+        raise TrainingError(
+            "a plan for a GPU counts what Triton's kernels allocate, and triton is not installed: "
+            "install it, or plan for device cpu"
+        )
     from lit_align_kernels.masked_adamw import kernel as adamw_kernel
     from lit_align_kernels.masked_weight_grad import kernel as gradient_kernel
     from lit_align_kernels.swap_selected import kernel as swap_kernel

@@ -50,12 +50,14 @@ class PlannedSelection:
         shape: the parameter's.
         axis: of the rows.
         before: see `PlannedEntries`; rows are those along `axis`.
+        gpu: whether the entries stand on a GPU.
     """
 
     kind: str
     shape: tuple[int, ...]
     axis: int = 0
     before: np.ndarray | None = None
+    gpu: bool = False
 
     @classmethod
     def of(cls, selection: Selection) -> PlannedSelection:
@@ -95,8 +97,9 @@ class PlannedSelection:
         """As the kernels take them; under `FakeTensorMode` without memory."""
         if self.before is None:
             return PlannedEntries("all", self.shape)
-        size = int(self.before[-1])
-        indices = torch.empty(size, dtype=torch.int64)
+        short = self.gpu and self.kind == "elements" and math.prod(self.shape) < 2**31
+        dtype = torch.int32 if short else torch.int64  # as `Entries.to` has it
+        indices = torch.empty(int(self.before[-1]), dtype=dtype)
         if self.kind == "rows":
             return PlannedEntries("rows", self.shape, self.axis, indices, before=self.before)
         offsets = torch.empty(len(self.before), dtype=torch.int64)
@@ -119,6 +122,22 @@ class PlannedMask:
     def density(self) -> float:
         """Selected / all entries."""
         return self.count() / sum(math.prod(s.shape) for s in self.selections.values())
+
+    def on_gpu(self) -> PlannedMask:
+        """The same with entries on a GPU."""
+        found = {n: dataclasses.replace(s, gpu=True) for n, s in self.selections.items()}
+        return PlannedMask(found, self.metadata.granularity)
+
+    def tables(self) -> list[torch.Tensor]:
+        """What there is beside the entries, where single elements train.
+
+        A bit for each entry of a weight: on a CPU the mask itself, which a run keeps; on a GPU a
+        table that kernels derive, with another of 4 bytes for each row of a tile (of 128 columns).
+        """
+        bits = [s for s in self.selections.values() if s.kind == "elements"]
+        sizes = [-(-math.prod(s.shape) // 8) for s in bits]
+        sizes += [4 * math.prod(s.shape) // 128 for s in bits if s.gpu and len(s.shape) > 1]
+        return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
     def check_matches(self, model_or_shapes: Any, base_fingerprint: str | None = None) -> None:
         """The mask was made for the model that is planned."""

@@ -19,7 +19,8 @@ _SHIPPED = resources.files("lit_align.planning") / "configs"
 
 def shipped_configs() -> list[str]:
     """Names of the architectures that come with the package."""
-    return sorted(f.name.removesuffix(".json") for f in _SHIPPED.iterdir() if f.name.endswith(".json"))
+    names = (file.name for file in _SHIPPED.iterdir())
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
 def read_config(name_or_path: str) -> PreTrainedConfig:

@@ -98,8 +98,10 @@ def mask_of(settings: PlanSettings) -> PlannedMask | None:
     with torch.device("meta"):
         model = weightless_model(read_config(s.model), torch.bfloat16)
     if s.mask in get_args(MaskKind):
-        return planned_mask(model, cast(MaskKind, s.mask), s.ratio)
-    return planned_mask_of_file(model, s.mask)
+        mask = planned_mask(model, cast(MaskKind, s.mask), s.ratio)
+    else:
+        mask = planned_mask_of_file(model, s.mask)
+    return mask.on_gpu() if s.device == "gpu" else mask
 
 
 def planned_module(

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from lit_align.compact.adapter_settings import AdapterSettings
 from lit_align.data.shared_prefix import Layout
 from lit_align.errors import TrainingError
+from lit_align.modules.activation_checkpointing import GradientCheckpointing
 
 Method: TypeAlias = Literal["dpo", "npo", "sft", "ila"]
 PlanPrecision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -32,7 +33,7 @@ class PlanSettings:
         layout: None: the method's default.
         precision: of the trainer.
         masters: keep 16-bit weights' trained entries in fp32; without, rounding is stochastic.
-        gradient_checkpointing: keep the inputs of layers alone.
+        gradient_checkpointing: keep the inputs of layers alone (True), or what products make.
         reference: where the reference's log-probs come from, of a method that has one.
         strategy: what is on each GPU.
         devices: how many.
@@ -48,7 +49,7 @@ class PlanSettings:
     layout: Layout | None = None
     precision: PlanPrecision = "bf16-true"
     masters: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: GradientCheckpointing = False
     reference: PlanReference = "cache"
     strategy: Strategy = "one_device"
     devices: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,19 +83,22 @@ def step_memory(settings: PlanSettings) -> StepMemory:
     mask, batch = mask_of(settings), made_up_batch(settings)
     padded = bool((batch.attention_mask == 0).any())
     with (
+        warnings.catch_warnings(),
         FakeTensorMode() as fake,
         MemoryTracker() as tracker,
         weightless(padded=padded, gpu=settings.device == "gpu"),
-        _parts_of_calls(tracker),
+        parts_of_calls(tracker),
     ):
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         batch = batch._mapped(fake.from_tensor)
         tracker.tag((v for v in vars(batch).values() if isinstance(v, Tensor)), "batch")
-        return _run(settings, mask, batch, tracker)
+        return run_steps(settings, mask, batch, tracker)
 
 
-def _run(
-    settings: PlanSettings, mask: PlannedMask | None, batch: PackedBatch, tracker: MemoryTracker
+def run_steps(
+    settings: PlanSettings, mask: Any, batch: PackedBatch, tracker: MemoryTracker
 ) -> StepMemory:
+    """Two training steps under a tracker, on fake tensors or, with a `ParameterMask`, real ones."""
     module, trainer = planned_module(settings, mask)
     with (
         tracker.counting_as("weights"),
@@ -103,6 +107,8 @@ def _run(
         module.configure_model()
     model = module.model
     parameters = _tag_model(tracker, model)
+    tables = mask.tables() if isinstance(mask, PlannedMask) and not has_adapters(model) else []
+    tracker.tag(tables, "mask")
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
     _step(module, batch, optimizer, trainer, tracker)
@@ -200,7 +206,7 @@ def _recomputed(tracker: MemoryTracker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _parts_of_calls(tracker: MemoryTracker) -> Iterator[None]:
+def parts_of_calls(tracker: MemoryTracker) -> Iterator[None]:
     """Count what the head's functions make as the head's."""
     with contextlib.ExitStack() as stack:
         for owner, name in (

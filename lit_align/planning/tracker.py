@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -112,7 +113,9 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _answered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operation's result, where it depends on values: the answers that the class describes."""
+    """The operation's result; of fake tensors' values, the answers that the class describes."""
+    if not args or not isinstance(args[0], FakeTensor):
+        return func(*args, **kwargs)
     if func is aten._local_scalar_dense.default:
         return 1
     if func is aten.nonzero.default:

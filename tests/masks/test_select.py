@@ -281,3 +281,20 @@ def test_unknown_scope_and_granularity_are_refused():
 def test_requires_grad_and_strided_scores_work():
     a = torch.randn(6, 4, requires_grad=True)
     assert torch.equal(select({"a": a.T}, 0.25).dense("a"), select({"a": a}, 0.25).dense("a").T)
+
+
+def test_selecting_runs_on_one_thread_and_gives_the_others_back():
+    seen = []
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            seen.append(torch.get_num_threads())
+            return super().__getitem__(name)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        select(Watched(a=torch.rand(8)), 0.5)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
-"""One rank of some runs under DDP or FSDP2 with gloo; `start_ranks` starts all of them.
+"""Ranks of some runs under DDP or FSDP2 with gloo: one where LOCAL_RANK is set, else all, forked.
 
+Usage: python -m tests.modules.distributed_script [RUN, ...]
 A run's folder gets what it ended in, and how many bytes this process wrote to sockets meanwhile.
 """
 
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -78,32 +80,30 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_ranks(count: int, runs: list[dict]) -> list[subprocess.Popen]:
-    """Start one process for each rank; all of them go through all runs."""
+def command_of(count: int, runs: list[dict]) -> tuple[list[str], dict[str, str]]:
+    """What starts the runs on so many ranks, and its environment."""
     for each in runs:
         Path(each["out"]).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.modules.distributed_script", json.dumps(runs)]
     place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    place["WORLD_SIZE"] = str(count)
+    return command, os.environ | place | {"WORLD_SIZE": str(count)}
+
+
+def start_ranks(count: int, runs: list[dict]) -> list[subprocess.Popen]:
+    """Start one process for each rank; all of them go through all runs."""
+    command, env = command_of(count, runs)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [
-        subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | place | {"LOCAL_RANK": str(rank)}, **streams
-        )
+        subprocess.Popen(command, cwd=ROOT, env=env | {"LOCAL_RANK": str(rank)}, **streams)
         for rank in range(count)
     ]
 
 
 def run_ranks(count: int, runs: list[dict]) -> None:
-    """Run them all on so many processes."""
-    ranks = start_ranks(count, runs)
-    try:
-        for rank in ranks:
-            printed, _ = rank.communicate(timeout=200)
-            assert rank.returncode == 0, printed[-4000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    """Run them all on so many forks of one process."""
+    command, env = command_of(count, runs)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def written_bytes() -> int:
@@ -192,8 +192,37 @@ def run(
     trained.predict(module, rows_of)
 
 
+def run_rank(runs: list[dict], world_size: int) -> None:
+    for each in runs:
+        run(**each, world_size=world_size)
+
+
+def fork(rank: int, runs: list[dict], world_size: int) -> int:
+    """Fork, so that what is slow to import is imported once; the child's id."""
+    child = os.fork()
+    if child == 0:
+        os.environ["LOCAL_RANK"] = str(rank)
+        try:
+            run_rank(runs, world_size)
+            os._exit(0)
+        except BaseException:  # whatever it was: what follows is the parent's
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def fork_ranks(runs: list[dict], world_size: int) -> None:
+    children = [fork(rank, runs, world_size) for rank in range(world_size)]
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:  # it would wait for this one
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"a rank ended with {status}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ranks = int(os.environ["WORLD_SIZE"])  # Lightning removes it after a run
-    for each in json.loads(sys.argv[1]):
-        run(**each, world_size=ranks)
+    ranks = run_rank if "LOCAL_RANK" in os.environ else fork_ranks
+    ranks(json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"]))  # Lightning removes it later

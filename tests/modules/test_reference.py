@@ -9,6 +9,7 @@ import torch
 
 from lit_align.callbacks import KeyParameterLocalization
 from lit_align.compact import AdapterSettings, apply_delta, export_delta
+from lit_align.compact.state import links
 from lit_align.data import PreferenceDataModule
 from lit_align.errors import DataError, TrainingError
 from lit_align.language_model import load_language_model
@@ -249,6 +250,7 @@ def test_reference_free_dpo_is_the_loss_of_the_policys_own_log_probs(
         module, preferences(1, splits={"predict": preference_rows(4)})
     )
     assert len(records) == 8 and all("ref_logp" not in r for r in records)
+    assert all(link.state.base is None for link in links(module.model))  # nothing to swap in
 
 
 @pytest.mark.parametrize("loss_type", ["token", "sequence"])

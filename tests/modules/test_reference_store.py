@@ -120,7 +120,9 @@ def test_any_changed_byte_of_the_numbers_is_seen(store, part):
 
 def test_other_files_are_refused(store, part, tmp_path):
     shutil.copy(save_tiny_model(tmp_path / "model") / "model.safetensors", part)
-    refused(store, part, "format")
+    with pytest.raises(TrainingError, match=r"format is 'pt'.*name an empty folder") as error:
+        store.read(part.name, {A})
+    assert str(part) in str(error.value) and "remove" not in str(error.value)  # a model's weights
     part.unlink()
     part.mkdir()
     refused(store, part, "not usable")

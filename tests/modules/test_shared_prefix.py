@@ -13,7 +13,12 @@ from lit_align.data.shared_prefix import pack
 from lit_align.errors import ModelError
 from lit_align.masks import select
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
-from lit_align.modules.document_attention import DocumentLayout, by_document, by_flex_attention
+from lit_align.modules.document_attention import (
+    DocumentLayout,
+    _compiled,
+    by_document,
+    by_flex_attention,
+)
 from lit_align.modules.forward import per_token_logps
 from lit_align.modules.shared_prefix import enable_shared_prefix, is_enabled
 from tests.attention_models import COMMON
@@ -127,6 +132,27 @@ def test_flex_attention_is_the_same_forward(window, heads):
     keys = [p for p in range(10) if window is None or 9 - p < window]
     scores = 1.5 * torch.tanh(q[0, 0, 9] @ k[0, 0, keys].T * 0.3 / 1.5)
     torch.testing.assert_close(capped[0, 9, 0], scores.softmax(0) @ v[0, 0, keys])
+
+
+def test_flex_attention_takes_the_dtype_of_autocast():
+    layout = DocumentLayout(((3, 2, 2),), torch.device("cpu"))
+    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    given = []
+
+    def attend(*tensors, **_):
+        given.extend(tensor.dtype for tensor in tensors)
+        return tensors[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        by_flex_attention(q, k, k.bfloat16(), layout, attend=attend)
+    assert given == [torch.bfloat16] * 3
+
+
+def test_more_graphs_are_compiled_than_by_default(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    before = torch._dynamo.config.recompile_limit
+    assert _compiled.__wrapped__(lambda: torch._dynamo.config.recompile_limit)() > 4 * before
+    assert torch._dynamo.config.recompile_limit == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -17,6 +17,7 @@ from lit_align.masks import ParameterMask
 from lit_align.pipelines.allo import stages as allo_stages
 from tests.pipelines.allo_settings import tiny_allo
 
+pytestmark = pytest.mark.usefixtures("_unrendered")  # but for the module's whole run
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "configs" / "data"
 STAGES = [

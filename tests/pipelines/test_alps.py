@@ -18,6 +18,7 @@ from tests.pipelines.alps_settings import DATA, tiny_alps
 from tests.tiny_models import save_tiny_model, tiny_model
 from tests.training_runs import random_mask, stored
 
+pytestmark = pytest.mark.usefixtures("_unrendered")  # but for the module's whole run
 PAIRS = str(DATA / "preference.jsonl")
 LAYOUT = HeadLayout.from_model(tiny_model())  # 2 blocks of 4 heads in 2 groups
 TOTAL = tiny_model().num_parameters()

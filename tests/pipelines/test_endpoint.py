@@ -369,6 +369,7 @@ def test_settings_that_cannot_be(settings, message):
         TokenRewardSettings(**settings)
 
 
+@pytest.mark.usefixtures("_unrendered")
 def test_a_whole_run_with_corrections_from_an_endpoint(tiny_llama_dir, tmp_path):
     """From the settings to the delta; a second run asks nothing."""
 

@@ -24,6 +24,7 @@ from tests.pipelines.ila_settings import DATA, TINY, tiny_ila
 from tests.tiny_models import save_tiny_model, tiny_model
 
 SFT, PAIRS = str(DATA / "sft.jsonl"), str(DATA / "preference.jsonl")
+pytestmark = pytest.mark.usefixtures("_unrendered")  # but for the module's whole run
 SEARCH = ["data", "layers", "change_sft", "scores_sft_last", "masks", "base"]
 LAYERS = list(linear_layers(tiny_model()))  # 2 blocks of 7, and the tied head
 

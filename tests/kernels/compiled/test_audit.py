@@ -1,5 +1,7 @@
 """The compile audit itself: kernels of which it is known what they become."""
 
+import importlib
+
 import pytest
 import triton
 import triton.language as tl
@@ -53,6 +55,39 @@ def test_accesses_are_led_back_to_their_lines(target):
     assert report.registers > 0 and report.spills == 0 and report.fits
 
 
+IN_TWO_FILES = {
+    "rows_of_helper": """
+import triton
+import triton.language as tl
+
+@triton.jit
+def load(x_ptr, index_ptr, at):
+    index = tl.load(index_ptr + at)  # table
+    return tl.load(x_ptr + index)  # scattered
+""",
+    "rows_of_kernel": """
+import triton
+import triton.language as tl
+from rows_of_helper import load
+@triton.jit
+def kernel(x_ptr, index_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, load(x_ptr, index_ptr, at))  # stream
+""",
+}
+
+
+def test_lines_of_one_number_in_two_files_are_told_apart(tmp_path, monkeypatch):
+    """The load of one and the store of the other are line 8, side by side."""
+    for name, source in IN_TWO_FILES.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = importlib.import_module("rows_of_kernel").kernel
+    signature = {"x_ptr": "*fp32", "index_ptr": "*i32", "out_ptr": "*fp32"}
+    report = compile_audit(CompileCase("two files", kernel, signature, {"BLOCK": 1024}), "sm_90")
+    assert report.accesses == {"scattered": {4: 8}, "stream": {16: 2}, "table": {16: 2}}
+
+
 def test_an_unaligned_pointer_has_no_wide_accesses():
     assert compile_audit(scatter_case(":1"), "sm_90").wide_share() == 0
 
@@ -63,13 +98,13 @@ def test_an_unaligned_pointer_has_no_wide_accesses():
 )
 def test_matrix_instructions_are_counted(target, instruction):
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32"}
-    report = compile_audit(CompileCase("dot", product_kernel, signature, {"BLOCK": 128}), target)
+    report = compile_audit(CompileCase("dot", product_kernel, signature, {"BLOCK": 64}), target)
     assert report.matrix_instructions.keys() == {instruction}
 
 
 def test_spills_are_seen():
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32"}
-    case = CompileCase("a sum of 512", product_kernel, signature, {"BLOCK": 128}, num_warps=1)
+    case = CompileCase("a sum of 256", product_kernel, signature, {"BLOCK": 128}, num_warps=2)
     assert compile_audit(case, "sm_80").spills > 0
 
 

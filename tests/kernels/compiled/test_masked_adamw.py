@@ -4,7 +4,7 @@ import pytest
 
 from lit_align_kernels.audit.compiled import TARGETS
 from lit_align_kernels.masked_adamw import audit
-from tests.kernels.compiled.checks import checked_streams
+from tests.kernels.compiled.checks import checked_streams, every_target
 
 # Every kind of entries, and every alignment of the gradient in both of its dtypes.
 OF_TRAINING = (
@@ -23,11 +23,11 @@ def check(case, target):
         assert report.wide_share("scattered") > 0.5, f"{case.name} {target}: {report}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_launches_of_training(target):
+@every_target
+def test_launches_of_training(target, launches):
     cases = [case for case in audit.compile_cases(target) if case.name in OF_TRAINING]
     assert len(cases) == len(OF_TRAINING)
-    for case in cases:
+    for case in launches(cases):
         check(case, target)
 
 

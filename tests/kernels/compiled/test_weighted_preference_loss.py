@@ -5,12 +5,12 @@ import pytest
 from lit_align_kernels.audit.compiled import TARGETS
 from lit_align_kernels.token_logprobs.audit import MORE_SHAPES
 from lit_align_kernels.weighted_preference_loss import audit
-from tests.kernels.compiled.checks import checked_streams
+from tests.kernels.compiled.checks import checked_streams, every_target
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_logits_move_in_wide_accesses_without_spills(target):
-    for case in audit.compile_cases(target):
+@every_target
+def test_logits_move_in_wide_accesses_without_spills(target, launches):
+    for case in launches(audit.compile_cases(target)):
         checked_streams(case, target)
 
 
