@@ -78,7 +78,7 @@ class AlignCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Look at the checkpoint before Lightning reads its settings."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in CHECKPOINT_WORDS:
+        if path and path not in CHECKPOINT_WORDS and not Path(path).is_dir():  # (of shards)
             read_checkpoint(path)
         super()._parse_ckpt_path()
 
