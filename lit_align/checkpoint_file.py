@@ -1,11 +1,12 @@
-"""Lightning's checkpoints as files: written whole, verified when read, the newest sound one found.
+"""Lightning's checkpoints on the disk: written whole, verified when read, the newest sound one found.
 
 torch's format is a zip archive, which holds a CRC-32 of every record. torch itself never looks at
-them; reading a checkpoint here does, before anything is made of it.
+them; reading a checkpoint here does, before anything is made of it. Sharded ones are folders.
 """
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -15,13 +16,20 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lit_align.errors import TrainingError
-from lit_align.files import atomic_file
+from lit_align.files import atomic_file, partial_name
+from lit_align.sharded_checkpoint import (
+    REST_FILE,
+    check_sharded_checkpoint,
+    find_damage_of_shards,
+)
 from lit_align.unpickling import UNREADABLE_PICKLE
 
 SUFFIX = ".ckpt"
+KEPT = "checkpoints"  # folder of those that a run takes on its way
 NEWEST = ("last", "hpc_ckpt_")  # how the names begin that stand for the newest of a folder
 DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE_PICKLE, zipfile.BadZipFile, zlib.error)
 
@@ -46,7 +54,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, handle)
         except (OSError, RuntimeError) as error:
             raise TrainingError(
-                f"{path}: the checkpoint could not be written ({_reason(error)}); the ones before "
+                f"{path}: the checkpoint could not be written ({reason_of(error)}); the ones before "
                 "it are as they were: make room, or choose another folder, and resume"
             ) from error
 
@@ -58,31 +66,78 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         Raises:
             TrainingError: it is damaged, or no checkpoint.
         """
-        if "://" in str(path) or Path(path).is_dir():
+        if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        path = Path(path)
-        if path.name.startswith(NEWEST) and find_damage(path):
-            begin = "hpc_ckpt_" if path.name.startswith("hpc_ckpt_") else ""
-            path = newest_sound(path.parent.glob(f"{begin}*{SUFFIX}")) or path
-        return load_sound(path)
+        return load_sound(choose_sound(Path(path)))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint; a kill amid it leaves nothing that looks like one."""
+        if Path(path).is_dir():
+            doomed = partial_name(Path(path), os.getpid())
+            os.replace(path, doomed)
+            path = doomed
+        super().remove_checkpoint(path)
+
+
+def choose_sound(path: Path) -> Path:
+    """The checkpoint to read for one that is asked for.
+
+    The names `last` and `hpc_ckpt_N` stand for the newest one: beside a sound one of them that may
+    be another by now, written after the job was queued again, in the folder beside it.
+    """
+    if not path.name.startswith(NEWEST):
+        return path
+    if path.name.startswith("hpc_ckpt_"):
+        found = [*path.parent.glob(f"hpc_ckpt_*{SUFFIX}"), *path.parent.glob(f"{KEPT}/*{SUFFIX}")]
+        chosen = newest_sound(found) or path
+    else:
+        chosen = path
+        if find_damage(path):
+            chosen = newest_sound(path.parent.glob(f"*{SUFFIX}")) or path
+    if chosen != path:
+        rank_zero_info(f"{chosen} is the newest sound checkpoint: read in place of {path}")
+    return chosen
 
 
 def load_sound(path: Path) -> dict[str, Any]:
     """A checkpoint whose checksums hold, its tensors mapped from the file; no code is run.
 
     Raises:
-        TrainingError: it is damaged, or no checkpoint.
+        TrainingError: it is damaged, or no checkpoint; or its tensors are in shards.
     """
+    if path.is_dir():
+        raise TrainingError(
+            f"{path} is a sharded checkpoint: read it under the strategy that wrote it, "
+            "ModelParallelStrategy, which takes one process as well"
+        )
+    checkpoint = _read(path)
+    tensors = checkpoint.get("state_dict")
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise TrainingError(f"{path}: not a checkpoint: its state_dict is none")
+    return checkpoint
+
+
+def load_sound_rest(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds besides shards, all of which have the right checksums.
+
+    Raises:
+        TrainingError: it is damaged, no checkpoint, or one that brings code.
+    """
+    if damage := find_damage(folder):
+        raise TrainingError(f"{folder}: not a checkpoint, or damaged ({damage})")
+    check_sharded_checkpoint(folder)
+    return _read(folder / REST_FILE)
+
+
+def _read(path: Path) -> dict[str, Any]:
     if damage := find_damage(path):
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({damage})")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        tensors, step = checkpoint["state_dict"], checkpoint["global_step"]
-        sound = isinstance(step, int) and all(isinstance(t, torch.Tensor) for t in tensors.values())
     except DAMAGE as error:
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({error})") from error
-    if not sound:
-        raise TrainingError(f"{path}: not a checkpoint: state_dict and global_step are not its own")
+    if not isinstance(checkpoint, dict) or type(checkpoint.get("global_step")) is not int:
+        raise TrainingError(f"{path}: not a checkpoint: its global_step is none")
     return checkpoint
 
 
@@ -102,8 +157,8 @@ def find_damage(path: Path) -> str | None:
         stat = path.stat()
     except OSError as error:
         return str(error.strerror)
-    if path.is_dir():  # of torch.distributed.checkpoint, which writes its metadata last
-        return None if (path / ".metadata").exists() else "it was not written to its end"
+    if path.is_dir():
+        return find_damage_of_shards(path)
     return _find_damage(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
@@ -122,7 +177,7 @@ def _find_damage(path: str, size_bytes: int, mtime_ns: int, inode: int) -> str |
     return None if bad is None else f"the checksum of {bad} is wrong"
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The system's own words, which torch's writer hides behind an error about itself."""
     cause: BaseException | None = error
     while cause is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """An open file that stands at `path` once all is written and durable, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = partial_name(path, os.getpid())
     try:
         with temporary.open("wb") as handle:
             yield handle
@@ -41,10 +42,17 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+def partial_name(path: Path, process: int) -> Path:
+    """Where a process writes what shall stand at `path`, or puts what shall not any longer."""
+    return path.with_name(f".{path.name}.{process}.partial")
+
+
 def remove_partial_files(folder: Path, pattern: str = "*") -> None:
     """Remove what killed processes had begun to write to names of this pattern."""
     for leftover in folder.glob(f".{pattern}.partial"):
-        if leftover.is_file():
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
             leftover.unlink()
 
 

@@ -1,13 +1,18 @@
-"""Sharded checkpoints (torch.distributed.checkpoint), looked through before torch reads them.
+"""Sharded checkpoints (torch.distributed.checkpoint): checksums, and what they hold besides.
 
 torch unpickles their metadata and every value in them that is no tensor, whatever they hold: a
 checkpoint of a stranger could run what it likes. What is harmless is known, and little.
+
+Their files have no checksums of their own: a list of them is written with them, last.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lit_align.errors import TrainingError
+from lit_align.files import sha256_of_file, sync_folder, write_atomically
+from lit_align.strict_json import read_json_file
 from lit_align.unpickling import UNREADABLE_PICKLE
 
 METADATA_FILE = ".metadata"
+REST_FILE = "meta.pt"  # Lightning's: whatever is not sharded
+CHECKSUMS_FILE = "checksums.json"
+FORMAT = "lit-align sharded checkpoint 1"
 HARMLESS = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
@@ -78,3 +88,49 @@ def _check_part(folder: Path, place: Any, is_plain: bool) -> None:
         with (folder / name).open("rb") as file:
             file.seek(begin)
             torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
+
+
+def file_records(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Make files of a folder durable, and say what is in them: {name: {bytes, sha256}}."""
+    records = {}
+    for name in names:
+        with (folder / name).open("rb+" if os.name == "nt" else "rb") as file:
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        records[name] = {"bytes": size, "sha256": sha256_of_file(folder / name)}
+    return records
+
+
+def write_checksums(folder: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    """Write the list that says what the folder's files are; without it the folder is none."""
+    text = json.dumps({"format": FORMAT, "files": dict(sorted(records.items()))}, indent=1)
+    write_atomically(folder / CHECKSUMS_FILE, text.encode() + b"\n")
+    sync_folder(folder)
+
+
+def find_damage_of_shards(folder: Path) -> str | None:
+    """What is wrong with the files of a sharded checkpoint, by their checksums; None: nothing."""
+    try:
+        found = read_json_file(folder / CHECKSUMS_FILE)
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            return f"{CHECKSUMS_FILE} is not of {FORMAT!r}"
+        return _compare(folder, found.get("files"))
+    except FileNotFoundError:
+        return f"it has no {CHECKSUMS_FILE}, which is written last"
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS_FILE}: {error}"
+
+
+def _compare(folder: Path, records: Any) -> str | None:
+    if not isinstance(records, dict) or not {METADATA_FILE, REST_FILE} <= records.keys():
+        return f"{CHECKSUMS_FILE} does not list {METADATA_FILE} and {REST_FILE}"
+    there = {path.name: path for path in folder.iterdir() if path.name != CHECKSUMS_FILE}
+    for name, record in records.items():
+        if (path := there.get(name)) is None:
+            return f"{name!r:.200} is missing"
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is no plain file"
+        if record != {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}:
+            return f"the checksum of {name} is wrong"
+    strange = sorted(there.keys() - records.keys())
+    return f"{strange[0]} does not belong to it" if strange else None

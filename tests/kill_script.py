@@ -1,7 +1,8 @@
 """Fits in forks of one process, killed at chosen or random moments and started again.
 
 Usage: python -m tests.kill_script MODEL [RUN, ...] (JSON). A run: {"out": folder, "kill": when,
-"port": of the rendezvous of two ranks, left out for one}. When: "" never; "KIND:N" at the Nth such
+"port": of the rendezvous of two ranks, left out for one, "strategy": theirs, ddp or sharded,
+"damage": of the newest checkpoint's files what one of these ends in, changed before}. When: "" never; "KIND:N" at the Nth such
 moment ("sigterm:N": SIGTERM to the last rank alone); "SECONDS" that long after training began.
 Prints how each run ended, and when its training began and ended; a run that came to its end leaves
 `final.safetensors`.
@@ -16,14 +17,17 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 
 import lit_align.checkpoint_file
 from lit_align.callbacks import Checkpointing, KeyParameterLocalization
-from lit_align.modules import MaskedDPO
+from lit_align.modules import MaskedDPO, sharded_saving
+from lit_align.shards import whole
 from tests.training_runs import preference_rows, preferences, trainer
 
 ACCUMULATE = 2
@@ -76,14 +80,38 @@ def half_written(killer: Killer) -> None:
     lit_align.checkpoint_file.torch.save = save_in_two
 
 
-def fit(model: str, out: Path, when: str, ranks: int) -> None:
+def half_published(killer: Killer) -> None:
+    """The moment when shards are written, and their folder does not have its name yet."""
+    write_checksums = sharded_saving.write_checksums
+
+    def write(*args):
+        killer.moment("write")
+        write_checksums(*args)
+
+    sharded_saving.write_checksums = write
+
+
+def damage_newest(folder: Path, ending: str) -> None:
+    """Change one byte of a file of the newest sharded checkpoint."""
+    newest = max(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    path = next(path for path in newest.iterdir() if path.name.endswith(ending))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def fit(model: str, out: Path, when: str, ranks: int, strategy: str) -> None:
     """Two epochs of five batches a rank, validated on the way; the last window is a short one."""
     killer = Killer(when)
     if killer.kind == "write":
-        half_written(killer)
+        (half_published if strategy == "sharded" else half_written)(killer)
+    if strategy == "sharded":
+        chosen: Any = ModelParallelStrategy(ranks, 1)
+    else:
+        chosen = strategy if ranks > 1 else "auto"
     run = trainer(
         out, enable_checkpointing=True, accumulate_grad_batches=ACCUMULATE, max_epochs=2,
-        val_check_interval=2, devices=ranks, strategy="ddp" if ranks > 1 else "auto",
+        val_check_interval=2, devices=ranks, strategy=chosen,
         callbacks=[KeyParameterLocalization("random"), killer,
                    Checkpointing(every_n_train_steps=1, keep=2)],
     )  # fmt: skip
@@ -91,19 +119,29 @@ def fit(model: str, out: Path, when: str, ranks: int) -> None:
     splits = {"validation": preference_rows(4, seed=3)}
     data = preferences(10, batch_size=2 // ranks, splits=splits)
     run.fit(module, data, ckpt_path="last")
+    state = {name: whole(t).contiguous() for name, t in module.state_dict().items()}
     if run.is_global_zero:
-        save_file(dict(module.state_dict()), out / "final.safetensors")
+        save_file(state, out / "final.safetensors")
         print(f"ended {time.time()}", flush=True)
 
 
-def run_forked(model: str, out: str, kill: str = "", port: int | None = None) -> None:
+def run_forked(
+    model: str,
+    out: str,
+    kill: str = "",
+    port: int | None = None,
+    strategy: str = "ddp",
+    damage: str = "",
+) -> None:
     """Fork, so that what is slow to import is imported once, and wait for the end."""
     child = os.fork()
     if child == 0:
         try:
             if port is not None:
                 os.environ["MASTER_PORT"] = str(port)
-            fit(model, Path(out), kill, 1 if port is None else 2)
+            if damage and os.environ.get("LOCAL_RANK", "0") == "0":
+                damage_newest(Path(out), damage)
+            fit(model, Path(out), kill, 1 if port is None else 2, strategy)
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code)

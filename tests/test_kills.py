@@ -26,13 +26,15 @@ def started(model: Path, runs: list[dict], **environment: str) -> subprocess.Pop
     return subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **streams)
 
 
-def ends(script: subprocess.Popen) -> list[str]:
-    """How its runs ended."""
+def ends(script: subprocess.Popen, all_said: list[str] | None = None) -> list[str]:
+    """How its runs ended; what they said is added to a list."""
     try:
         said, _ = script.communicate(timeout=500)
     finally:
         script.kill()
     assert script.returncode == 0, said[-4000:]
+    if all_said is not None:
+        all_said.append(said)
     return [line for line in said.splitlines() if line.startswith(("killed", "status"))]
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from transformers import PreTrainedModel
 
-from lit_align.checkpoint_file import VerifiedCheckpointIO, load_sound
+from lit_align.checkpoint_file import load_sound
 from lit_align.compact import load_trainable, trainable
 from lit_align.compact.adapters import AdapterSettings, adapter_identity
 from lit_align.compact.rank_allocation import (
@@ -23,6 +22,8 @@ from lit_align.compact.rank_allocation import (
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
 from lit_align.modules.resuming import begin_at_step, seed_batch
+from lit_align.modules.sharded_saving import verify_checkpoints
+from lit_align.shards import local
 
 CHECKPOINT_KEY = "lit_align"
 RANKS = "rank_allocation"  # in it: what AdaLoRA's has learnt
@@ -42,9 +43,7 @@ class CheckpointedModule(LoggedModule):
 
     def setup(self, stage: str) -> None:
         """Have checkpoints written whole and verified, unless the user brings a plugin."""
-        strategy = self.trainer.strategy
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = VerifiedCheckpointIO()
+        verify_checkpoints(self.trainer.strategy, self._check_identity)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers depend on the place alone, so that a resumed run draws the same."""
@@ -81,7 +80,12 @@ class CheckpointedModule(LoggedModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the base, the mask, the delta and the adapters that the entries belong to."""
+        """Name the base, the mask, the delta and the adapters that the entries belong to.
+
+        Raises:
+            TrainingError: an entry is NaN or infinite: nobody could go on from there.
+        """
+        self._check_finite_entries(checkpoint["state_dict"])
         moved = begin_at_step(checkpoint, self.trainer)  # what came since will come again
         done = self._counted_at_step if moved else self.throughput
         seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
@@ -93,25 +97,40 @@ class CheckpointedModule(LoggedModule):
         if isinstance(settings.get("adapter"), AdapterSettings):  # not with `weights_only`
             settings["adapter"] = dataclasses.asdict(settings["adapter"])
 
+    def _check_finite_entries(self, entries: Mapping[str, torch.Tensor]) -> None:
+        bad = [n for n, t in entries.items() if not local(t).isfinite().all()]
+        if not self.trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            return
+        where = f", first in {bad[0].removeprefix(PREFIX)}" if bad else ""
+        raise TrainingError(
+            f"trained values are not finite after step {self.global_step}{where}: no checkpoint is "
+            "written, and the last one is as it was; lower the learning rate"
+        )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, mask, delta or adapter.
 
         Raises:
             TrainingError: names both.
         """
-        theirs, ours = checkpoint.get(CHECKPOINT_KEY, {}), self._identity()
-        for what, value in ours.items():
-            if theirs.get(what) != value:
-                raise TrainingError(
-                    f"the checkpoint has {what} {theirs.get(what)}, this run {value}: it belongs "
-                    "to another run"
-                )
+        self._check_identity(checkpoint)
+        theirs = checkpoint[CHECKPOINT_KEY]
         if allocates_ranks(self.model):
             load_allocation_state(self.model, theirs[RANKS])
         self.run_seed = theirs.get("run_seed")
         self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
         self._counted_at_step = copy.copy(self.throughput)
         self._stepped = self.logged_step = int(checkpoint["global_step"])
+
+    def _check_identity(self, checkpoint: Mapping[str, Any]) -> None:
+        theirs = checkpoint.get(CHECKPOINT_KEY)
+        theirs = theirs if isinstance(theirs, dict) else {}
+        for what, value in self._identity().items():
+            if theirs.get(what) != value:
+                raise TrainingError(
+                    f"the checkpoint has {what} {theirs.get(what)}, this run {value}: it belongs "
+                    "to another run"
+                )
 
     def _identity(self) -> dict[str, Any]:
         return {
