@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,20 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory; the tensor itself where it is whole."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    detached: Any = tensor.detach()  # still a DTensor
+    part: Tensor = detached.to_local()
+    return part
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, gathered from all ranks, each of which has to call this."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    detached: Any = tensor.detach()
+    gathered: Tensor = detached.full_tensor()
+    return gathered
 
 
 @dataclasses.dataclass

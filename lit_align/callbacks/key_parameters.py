@@ -14,7 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lit_align.compact import links
@@ -30,6 +30,7 @@ from lit_align.localizers import (
     weight_change_scores,
 )
 from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_scores
+from lit_align.localizers.stored import ParametersInMemory
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, select
 from lit_align.masks.select import Granularity, Scope
 from lit_align.shards import is_sharded, local
@@ -314,7 +315,7 @@ def _check_head_settings(
         )
 
 
-def fp32_parameters(model: nn.Module) -> dict[str, Tensor]:
+def fp32_parameters(model: nn.Module) -> ParametersInMemory:
     """The trained values of a wholly trained model in fp32, from masters where weights are 16 bit.
 
     Raises:
@@ -326,8 +327,9 @@ def fp32_parameters(model: nn.Module) -> dict[str, Tensor]:
             "weight_change needs a full fit, and this one was restricted to a mask"
         )
     if not masters:
-        return {n: p.detach() for n, p in model.named_parameters()}
-    return {n: link.selected.detach().view(link.weight.shape) for n, link in masters.items()}
+        return ParametersInMemory(dict(model.named_parameters()))
+    shapes = {n: tuple(link.weight.shape) for n, link in masters.items()}
+    return ParametersInMemory({n: link.selected for n, link in masters.items()}, shapes)
 
 
 def _accumulate_gradients(trainer: Any, module: Any, num_batches: int) -> None:

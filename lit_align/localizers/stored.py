@@ -126,13 +126,22 @@ class StoredParameters:
 class ParametersInMemory:
     """Parameters to be read as `StoredParameters` are.
 
+    Args:
+        parameters: name -> parameter.
+        shapes: name -> shape of those that are given flat (unevenly sharded ones have no other
+            view); default their own.
+
     Attributes:
         shapes: name -> shape.
         dtypes: name -> dtype.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self.shapes = named_shapes(parameters)
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.shapes = named_shapes(parameters) | dict(shapes or {})
         self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         self._flat = FlatTensors(parameters)
 
@@ -141,7 +150,7 @@ class ParametersInMemory:
         return self._flat.part(name, start, stop).to("cpu", torch.float32)
 
 
-Parameters = nn.Module | Mapping[str, Tensor] | str | Path
+Parameters = nn.Module | Mapping[str, Tensor] | ParametersInMemory | str | Path
 OpenParameters = StoredParameters | ParametersInMemory
 
 
@@ -156,6 +165,8 @@ def open_parameters(parameters: Parameters) -> OpenParameters:
         return StoredParameters(parameters, parameter_shapes(parameters))
     if isinstance(parameters, nn.Module):
         parameters = dict(parameters.named_parameters())
+    if isinstance(parameters, ParametersInMemory):
+        return parameters
     return ParametersInMemory(parameters)
 
 
