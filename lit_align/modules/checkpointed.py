@@ -38,6 +38,7 @@ class CheckpointedModule(LoggedModule):
         self.language_model: PreTrainedModel | None = None
         self.delta_checksum: str | None = None  # of the delta that the run starts from
         self.run_seed: int | None = None  # a resumed run goes on with the first one's
+        self._ends_later = False  # resumed, and what training's end writes is still to come
         self._stepped = 0  # steps before the accumulation window under way
         self._counted_at_step = copy.copy(self.throughput)  # what had been counted before it
 
@@ -56,6 +57,16 @@ class CheckpointedModule(LoggedModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
         if self.global_step > self._stepped:
             self._stepped, self._counted_at_step = self.global_step, copy.copy(self.throughput)
+
+    def on_train_end(self) -> None:
+        """Write what is left of the log."""
+        self._ends_later = False
+        super().on_train_end()
+
+    def on_fit_end(self) -> None:
+        """A run that is resumed behind its last step has its end all the same: files come of it."""
+        if self._ends_later:
+            self.trainer.fit_loop.on_run_end()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -117,7 +128,7 @@ class CheckpointedModule(LoggedModule):
         theirs = checkpoint[CHECKPOINT_KEY]
         if allocates_ranks(self.model):
             load_allocation_state(self.model, theirs[RANKS])
-        self.run_seed = theirs.get("run_seed")
+        self.run_seed, self._ends_later = theirs.get("run_seed"), True
         self.throughput.seen_tokens = int(theirs.get("seen_tokens", 0))
         self._counted_at_step = copy.copy(self.throughput)
         self._stepped = self.logged_step = int(checkpoint["global_step"])
