@@ -66,6 +66,36 @@ class StartingValues(Callback):
             parameter.data.copy_(0.03 * torch.randn(parameter.shape, generator=g))
 
 
+class SeenRows(Callback):
+    """Which rows this rank was given; fillers are −1."""
+
+    def __init__(self):
+        self.rows = {"localized": [], "train": [], "validation": [], "predict": []}
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            compute = pl_module.localization_loss
+
+            def loss(batch):
+                self._note("localized", batch)
+                return compute(batch)
+
+            pl_module.localization_loss = loss
+
+    def _note(self, split, batch):
+        self.rows[split].append(batch.row_ids.unique().tolist())
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._note("train", batch)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not trainer.sanity_checking:
+            self._note("validation", batch)
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._note("predict", batch)
+
+
 class Dies(Callback):
     """The last rank is killed after a step, as by the kernel when memory is short."""
 
@@ -131,6 +161,9 @@ def run(
     ckpt_path: str | None = None,
     keep: bool = False,
     dies: bool = False,
+    num_rows: int = NUM_ROWS,
+    module_settings: dict | None = None,
+    data_settings: dict | None = None,
     **trainer_settings,
 ) -> None:
     """Fit and predict; without a mask, one is made from gradient scores; adapters take none.
@@ -138,7 +171,8 @@ def run(
     Args:
         objective: of `OBJECTIVES`.
         model: folder.
-        mask: file; "" for gradient scores, "whole" for none.
+        mask: file; "" for gradient scores, "weight_change" for a full fit that makes one, "whole"
+            for none.
         out: folder of what comes out.
         world_size: number of ranks.
         strategy: ddp, sharded or default_mesh; of one rank, `ddp` is none at all.
@@ -146,22 +180,29 @@ def run(
         ckpt_path: to go on from.
         keep: write a checkpoint after every step.
         dies: kill the last rank on the way.
+        num_rows: of the training split.
+        module_settings: further ones.
+        data_settings: further ones.
         trainer_settings: further ones.
     """
     folder = Path(out)
     kind, settings, data, rows = OBJECTIVES[objective]
+    settings = settings | (module_settings or {})
     if "adapter" in settings:
         given = StartingValues()
     elif mask == "whole":
         given = Callback()
+    elif mask == "weight_change":
+        given = KeyParameterLocalization("weight_change", output=str(folder / "mask.safetensors"))
     elif mask:
         given = KeyParameterLocalization(mask=mask)
     else:
         given = KeyParameterLocalization("gradient", num_batches=3)
-    if objective == "dpo":  # of rows that come with `predict` as well
+    if objective == "dpo" and "reference" not in settings:  # of rows that come with `predict` as well
         settings = settings | {"reference_cache": str(folder / "cache")}
     log = MemoryLogger()
-    callbacks = [given, LogpsWriter()] + [Dies()] * dies
+    seen = SeenRows()
+    callbacks = [given, LogpsWriter(), seen] + [Dies()] * dies
     if keep:
         callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun says
@@ -173,7 +214,8 @@ def run(
     )  # fmt: skip
     module = kind(model, learning_rate=1e-2, eps=1e-3, warmup_ratio=0.0, **settings)
     splits = {"validation": rows(5, seed=3), "predict": rows(5, seed=4)}
-    rows_of = data(NUM_ROWS, batch_size=batch // world_size, splits=splits)
+    batch_size = max(batch // world_size, 1)
+    rows_of = data(num_rows, batch_size=batch_size, splits=splits, **(data_settings or {}))
     before = written_bytes()
     trained.fit(module, rows_of, ckpt_path=ckpt_path)
     figures = {
@@ -190,6 +232,7 @@ def run(
     save_file(gathered, folder / f"weights-{trained.global_rank}.safetensors")
     (folder / f"figures-{trained.global_rank}.json").write_text(json.dumps(figures))
     trained.predict(module, rows_of)
+    (folder / f"rows-{trained.global_rank}.json").write_text(json.dumps(seen.rows))
 
 
 def run_rank(runs: list[dict], world_size: int) -> None:
