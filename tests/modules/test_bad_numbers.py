@@ -81,3 +81,18 @@ def test_a_bad_gradient_names_step_and_parameter(clip, tiny_llama_dir, tmp_path)
     assert f"step {STEP}, first in language_model.model.layers.1.mlp.down_proj.selected" in message
     assert "(1 parameters)" in message
     assert_equal_weights(weights(module), snapshots.before)
+
+
+def test_a_checkpoint_never_holds_what_is_not_finite(tiny_llama_dir, tmp_path):
+    """The step itself leaves the range: neither its loss nor its gradient says so."""
+    module = SupervisedFineTuning(str(tiny_llama_dir), learning_rate=1e-2, warmup_ratio=0.0)
+
+    def on_before_optimizer_step(optimizer):
+        type(module).on_before_optimizer_step(module, optimizer)
+        if module.global_step == STEP:
+            optimizer.param_groups[0]["lr"] = 1e300
+
+    module.on_before_optimizer_step = on_before_optimizer_step
+    _, message = fit(module, tmp_path, instructions(12, batch_size=2))
+    assert f"not finite after step {STEP + 1}, first in model.embed_tokens.selected" in message
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
