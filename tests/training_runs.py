@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import load_file
@@ -115,3 +116,12 @@ def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], atol: float
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=name)
+
+
+def assert_equal_figures(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Two runs saw the same tokens and logged the same losses, to fp32's rounding."""
+    assert a["num_tokens"] == b["num_tokens"]
+    for name in ("loss", "eval_loss"):
+        assert b[name] == pytest.approx(a[name], rel=1e-6), name
+    # Of fp32's own norm of a long vector, which adds up squares in another order.
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)

@@ -11,13 +11,18 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_align.callbacks import KeyParameterLocalization, LogpsWriter
 from lit_align.compact import AdapterSettings, trainable
@@ -104,6 +109,23 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Collectives(TorchDispatchMode):
+    """Bytes of the largest tensor of each collective operation, added up by the kind of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it makes up the operation of others, which come here
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            sizes = (t.numel() * t.element_size() for t in tensors)
+            self.num_bytes[func._schema.name.split("::")[1]] += max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -142,6 +164,12 @@ def written_bytes() -> int:
     return int(io[io.index("wchar:") + 1])
 
 
+def moments_here(trained: Trainer) -> int:
+    """Entries of the optimiser's state that this process holds, steps left out."""
+    state = trained.optimizers[0].state.values()
+    return sum(local(value).numel() for each in state for value in each.values() if value.dim())
+
+
 def strategy_of(kind: str, world_size: int):
     if kind == "sharded":
         return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
@@ -161,6 +189,7 @@ def run(
     ckpt_path: str | None = None,
     keep: bool = False,
     dies: bool = False,
+    counts: bool = False,
     num_rows: int = NUM_ROWS,
     module_settings: dict | None = None,
     data_settings: dict | None = None,
@@ -180,6 +209,7 @@ def run(
         ckpt_path: to go on from.
         keep: write a checkpoint after every step.
         dies: kill the last rank on the way.
+        counts: the bytes of collective operations, by kind.
         num_rows: of the training split.
         module_settings: further ones.
         data_settings: further ones.
@@ -198,7 +228,9 @@ def run(
         given = KeyParameterLocalization(mask=mask)
     else:
         given = KeyParameterLocalization("gradient", num_batches=3)
-    if objective == "dpo" and "reference" not in settings:  # of rows that come with `predict` as well
+    if (
+        objective == "dpo" and "reference" not in settings
+    ):  # of rows that come with `predict` as well
         settings = settings | {"reference_cache": str(folder / "cache")}
     log = MemoryLogger()
     seen = SeenRows()
@@ -217,7 +249,8 @@ def run(
     batch_size = max(batch // world_size, 1)
     rows_of = data(num_rows, batch_size=batch_size, splits=splits, **(data_settings or {}))
     before = written_bytes()
-    trained.fit(module, rows_of, ckpt_path=ckpt_path)
+    with Collectives() if counts else nullcontext() as collectives:
+        trained.fit(module, rows_of, ckpt_path=ckpt_path)
     figures = {
         "steps": trained.global_step,
         "written_bytes": written_bytes() - before,
@@ -225,6 +258,9 @@ def run(
         "mask": None if module.mask is None else module.mask.digest,
         "numel": sum(p.numel() for p in module.parameters()),
         "numel_here": sum(local(p).numel() for p in module.parameters()),
+        "selected_here": sum(local(p).numel() for _, p in trainable(module.model)),
+        "moments_here": moments_here(trained),
+        "collectives": collectives.num_bytes if counts else None,
     }
     if trained.global_rank == 0:  # each later logged value is the same on every rank
         figures |= {n: log.values(n) for n in ("loss", "grad_norm", "eval_loss", "num_tokens")}

@@ -20,7 +20,7 @@ from lit_align.shards import Shard, rows_of_rank
 from lit_align_kernels.swap_selected import gather_entries
 from tests.modules.distributed_script import ROOT, run, run_ranks
 from tests.tiny_models import save_tiny_model, tiny_model
-from tests.training_runs import assert_close_weights, assert_equal_weights
+from tests.training_runs import assert_close_weights, assert_equal_figures, assert_equal_weights
 
 # name → (model, granularity of the mask; None: everything trains)
 CASES = {
@@ -116,7 +116,8 @@ def on_two(runs, tmp_path_factory) -> Path:
     """Folder of the runs on two processes; one start serves them all."""
     folder = tmp_path_factory.mktemp("two")
     given = [settings | {"out": str(folder / name)} for name, settings in runs.items()]
-    given[0] |= {"keep": True}
+    given = [each | {"counts": True} for each in given]
+    given.append(runs["elements"] | {"out": str(folder / "kept"), "keep": True})
     run_ranks(2, given)
     return folder
 
@@ -134,18 +135,47 @@ def test_two_processes_equal_one(case, runs, on_two, tmp_path):
     assert_equal_weights(*weights)
     assert_close_weights(load_file(tmp_path / "weights-0.safetensors"), weights[0], atol=2e-6)
     assert one["steps"] == two["steps"] and one["mask"] == two["mask"]
-    for name in ("loss", "grad_norm", "eval_loss"):
-        assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    for rank in (0, 1):  # of every parameter about a half
-        found = figures(on_two / case, rank)
-        assert found["numel_here"] <= 0.51 * found["numel"]
+    assert_equal_figures(one, two)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_holds_its_share(case, on_two):
+    """Of frozen weights, of the selected entries of each parameter, and of their moments."""
+    ranks = [figures(on_two / case, rank) for rank in (0, 1)]
+    assert sum(rank["numel_here"] for rank in ranks) == ranks[0]["numel"]
+    assert sum(rank["selected_here"] for rank in ranks) == ranks[0]["selected"]
+    for rank in ranks:
+        assert rank["numel_here"] <= 0.51 * rank["numel"]
+        assert rank["selected_here"] <= 0.51 * rank["selected"]
+        assert rank["moments_here"] == 2 * rank["selected_here"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_no_dense_gradient_is_reduced(case, on_two):
+    """Frozen weights are gathered, layer by layer; of gradients only the selected entries go."""
+    found = figures(on_two / case)
+    sent, selected = found["collectives"], 4 * found["selected"] * found["steps"]
+    # Each parameter is filled up to a multiple of the ranks.
+    assert selected <= sent.pop("_reduce_scatter_base_") <= 1.01 * selected
+    if case != "whole":
+        assert 1.01 * selected < 4 * found["numel"] * found["steps"] / 2
+    gathered = sent.pop("_allgather_base_")
+    # What is written through is gathered once after each step.
+    written = sent.pop("all_gather_into_tensor", 0) if case != "whole" else 0
+    assert written <= selected
+    # A step goes forward twice (the reference first) and backward, an evaluation forward twice.
+    assert gathered <= 4 * found["numel"] * (3 * found["steps"] + 2 * 2 * 2)
+    others = {name: count for name, count in sent.items() if "tensor" not in name}
+    assert sum(others.values()) < 4096, others  # counts, losses, norms
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_checkpoint_of_two_processes_resumes(ranks, runs, on_two, tmp_path):
     """From the middle of the first epoch and of the second."""
-    steps = {name: on_two / "elements" / f"{name}.ckpt" for name in ("step=1", "step=3")}
+    steps = {name: on_two / "kept" / f"{name}.ckpt" for name in ("step=1", "step=3")}
     again = [{"ckpt_path": str(path), "out": str(tmp_path / n)} for n, path in steps.items()]
     run_ranks(ranks, [runs["elements"] | each for each in again])
     uninterrupted = load_file(on_two / "elements" / "weights-0.safetensors")
