@@ -13,13 +13,16 @@ from lit_align.strict_json import MAX_BYTES, check_depth
 CONFIG_FILE = "config.json"
 COUNTED = re.compile(r".*(layers?|blocks|experts|groups|depth)")  # names of how many there are
 MOST = 10_000
+# Names of what computes a part of it: transformers takes `owner/name` for code from the hub.
+PROGRAMS = re.compile(r".*_implementation(_internal)?")
 
 
 def check_counts(settings: Any, source: str | Path) -> None:
-    """Refuse a configuration whose model could not be listed, let alone held.
+    """Refuse a configuration whose model could not be listed, let alone held, or that brings code.
 
     Raises:
-        ModelError: more than 10,000 layers, experts or the like; names the setting.
+        ModelError: more than 10,000 layers, experts or the like, or an attention that is a program
+            from the hub; names the setting.
     """
     try:
         check_depth(settings)
@@ -31,7 +34,18 @@ def check_counts(settings: Any, source: str | Path) -> None:
         for name, value in ((n, v) for each in objects for n, v in each.items()):
             if COUNTED.fullmatch(name) and isinstance(value, int | float) and abs(value) > MOST:
                 raise ModelError(f"{source}: {name!r:.80} is {value!r:.40}: no model has so many")
+            if PROGRAMS.fullmatch(name) and not _is_known_program(value):
+                raise ModelError(
+                    f"{source}: {name!r:.80} is {value!r:.80}, a program of somebody else's, which "
+                    "is not run: remove the setting"
+                )
         level = [v for o in objects for v in o.values()]
+
+
+def _is_known_program(value: Any) -> bool:
+    """Whether it is a plain name, or one for each part of a model."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(each is None or (isinstance(each, str) and each.isidentifier()) for each in values)
 
 
 def check_config_file(folder: str | Path) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_align.claimed_sizes import check_claims
 from lit_align.config_limits import check_config_file
 from lit_align.errors import ModelError
 from lit_align.gguf_alias import ALIAS, alias_dir
@@ -117,11 +118,13 @@ def pretrained(folder: Path, *, trust_remote_code: bool = False, **options: Any)
         options: of `from_pretrained`.
 
     Raises:
-        ModelError: the folder is not a causal LM's, is damaged, or lacks a tensor that the model
-            has, which transformers would fill with random numbers.
+        ModelError: the folder is not a causal LM's, is damaged, asks for more than its files hold,
+            or lacks a tensor that the model has, which transformers would fill with random numbers.
     """
     check_config_file(folder)
     try:
+        if not trust_remote_code:
+            check_claims(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             trust_remote_code=trust_remote_code,
@@ -169,6 +172,7 @@ def load_tokenizer(
         ModelError: The name leads nowhere, the folder has no tokenizer, or it has no end token.
     """
     folder = resolve_model(name_or_path, trust_remote_code=trust_remote_code)
+    check_config_file(folder)  # transformers reads it to find out the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
