@@ -22,6 +22,7 @@ from lit_align.compact.rank_allocation import (
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
 from lit_align.modules.resuming import begin_at_step, seed_batch
+from lit_align.modules.sharded_reading import read_whole
 from lit_align.modules.sharded_saving import verify_checkpoints
 from lit_align.shards import local
 
@@ -155,10 +156,13 @@ class CheckpointedModule(LoggedModule):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of a module with its settings, its tensors mapped from the file.
 
+    Those of a folder of shards are put together; the optimiser's state is left out.
+
     Raises:
-        TrainingError: the file is no checkpoint, or damaged.
+        TrainingError: the file or folder is no checkpoint, or damaged.
     """
-    checkpoint = load_sound(Path(path))
+    path = Path(path)
+    checkpoint = read_whole(path) if path.is_dir() else load_sound(path)
     if "hyper_parameters" not in checkpoint:
         raise TrainingError(f"{path}: not a checkpoint of a module, or damaged")
     return checkpoint

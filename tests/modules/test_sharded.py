@@ -16,6 +16,7 @@ from lit_align.errors import TrainingError
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, named_shapes, select
 from lit_align.masks.granularity import Selection
 from lit_align.modules.parallel import data_parallel_mesh
+from lit_align.pipelines.commands import export
 from lit_align.shards import Shard, rows_of_rank
 from lit_align_kernels.swap_selected import gather_entries
 from tests.modules.distributed_script import ROOT, run, run_ranks
@@ -184,6 +185,16 @@ def test_a_checkpoint_of_two_processes_resumes(ranks, runs, on_two, tmp_path):
         assert_close_weights(resumed, uninterrupted, atol=1e-6)
         if ranks == 2:
             assert_equal_weights(resumed, uninterrupted)
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_two_processes_is_exported_by_one(runs, on_two, tmp_path):
+    settings = runs["elements"]
+    kept = on_two / "kept" / "step=4.ckpt"
+    export(str(tmp_path / "model"), checkpoint=str(kept), mask=settings["mask"])
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    trained = load_file(on_two / "elements" / "weights-0.safetensors")
+    assert_equal_weights(exported, {name: trained[name] for name in exported})
 
 
 @pytest.mark.long
