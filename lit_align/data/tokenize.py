@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.batch import CHOSEN, REJECTED
+from lit_align.chat_templates import render_chat
 from lit_align.data.bad_rows import BadRowError
 from lit_align.data.encoding import Segments, TextEncoder
 from lit_align.data.schema import (
@@ -32,12 +32,9 @@ from lit_align.data.schema import (
     is_token_ids,
 )
 from lit_align.errors import DataError
-from lit_align.language_model import UNUSABLE
 
 Truncation: TypeAlias = Literal["keep_start", "keep_end", "error"]
 SAME_TOKENS = "chosen and rejected have the same tokens, as far as they are kept"
-# What a template of a model's folder may end with, its author's own words or a mistake in it.
-REFUSED: tuple[type[Exception], ...] = (TemplateError, *UNUSABLE)
 TrainOn: TypeAlias = Literal["last", "all_assistant"]
 
 
@@ -200,11 +197,12 @@ class RowTokenizer:
                 "(`transcript` suits base models)"
             )
         try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            return render_chat(
+                self.tokenizer, messages, add_generation_prompt=add_generation_prompt
             )
-        except REFUSED as error:
-            raise BadRowError("the chat template refuses the messages", str(error)) from error
+        except DataError as error:
+            reason, _, detail = str(error).partition(": ")
+            raise BadRowError(reason, detail) from error
 
     def _truncated(self, ids: _Ids, role: int) -> TokenizedSequence:
         """The sequence, cut to `max_length`."""

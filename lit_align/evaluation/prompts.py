@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.chat_templates import render_chat
 from lit_align.errors import DataError
 
 # Text, chat messages ({role, content}), or token ids.
@@ -65,7 +66,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
     Raises:
         DataError: The prompt is empty, or a special token stands as text in it; chat messages for
-            a tokenizer without a chat template.
+            a tokenizer without a chat template, or with one that refuses them.
     """
     if isinstance(prompt, str):
         _refuse_special_tokens(tokenizer, prompt)
@@ -78,7 +79,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
             _refuse_special_tokens(tokenizer, message["content"])
         if tokenizer.chat_template is None:
             raise DataError("a prompt of chat messages needs a tokenizer with a chat template")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = list(prompt)

@@ -3,16 +3,19 @@
 import base64
 import json
 import re
+import signal
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from lit_align import chat_templates
 from lit_align.data import RowTokenizer
 from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.data.loading import RowLoader
 from lit_align.data.schema import SFTRow
 from lit_align.errors import DataError
+from lit_align.evaluation import encode_prompt
 from lit_align.report import Curves, HeatMap, Histogram, Table, write_report
 from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -75,6 +78,30 @@ def test_a_models_template_is_shut_in(template, tmp_path, monkeypatch):
     with pytest.raises(BadRowError, match="the chat template refuses the messages"):
         RowTokenizer(tokenizer, 512)(row("hello"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(0)  # pytest-timeout holds the alarm otherwise
+def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat_templates, "LONGEST_SECONDS", 0.2)
+    endless, before = tiny_tokenizer(), signal.getsignal(signal.SIGALRM)
+    endless.chat_template = "{% for j in range(99999) %}" * 4 + "{% endfor %}" * 4
+    with pytest.raises(BadRowError, match="refuses the messages .it takes longer than 0.2 seconds"):
+        RowTokenizer(endless, 512)(row("hello"))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_a_templates_error_is_ours_where_a_model_is_asked(tokenizer):
+    broken = tiny_tokenizer()
+    broken.chat_template = "{{ messages.x.y }}"
+    with pytest.raises(DataError, match="the chat template refuses the messages"):
+        encode_prompt(broken, [{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_row_is_text_where_a_model_is_asked(tokenizer, text):
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    assert tokenizer.decode(ids) == (f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "name"])

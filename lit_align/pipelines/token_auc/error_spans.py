@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.chat_templates import render_chat
 from lit_align.data import BadRowError, BadRows, RowTokenizer, TokenizedSequence, UnlearningRow
 from lit_align.data.files import read_rows
 from lit_align.data.validate import check_row
@@ -180,9 +181,8 @@ def response_offsets(
     text across the prompt's end, from there on; its ids have to be the sequence's.
     """
     turns: Any = [*prediction.prompt, *prediction.as_response(prediction.response)]  # type: ignore[misc]
-    options: dict[str, Any] = {"tokenize": False}
-    text = str(tokenizer.apply_chat_template(turns, **options))
-    prompt = str(tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, **options))
+    text = render_chat(tokenizer, turns, add_generation_prompt=False)
+    prompt = render_chat(tokenizer, turns[:-1], add_generation_prompt=True)
     response = prediction.response
     start = text.find(response, len(prompt)) if text.startswith(prompt) else text.rfind(response)
     before = len(prompt) if sequence.merged_boundary else 0
