@@ -1,4 +1,4 @@
-"""Lightning's checkpoints on the disk: written whole, verified when read, the newest sound one found.
+"""Lightning's checkpoints on the disk: written whole, verified when read, the newest sound found.
 
 torch's format is a zip archive, which holds a CRC-32 of every record. torch itself never looks at
 them; reading a checkpoint here does, before anything is made of it. Sharded ones are folders.
@@ -54,8 +54,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, handle)
         except (OSError, RuntimeError) as error:
             raise TrainingError(
-                f"{path}: the checkpoint could not be written ({reason_of(error)}); the ones before "
-                "it are as they were: make room, or choose another folder, and resume"
+                f"{path}: the checkpoint could not be written ({reason_of(error)}); the ones "
+                "before it are as they were: make room, or choose another folder, and resume"
             ) from error
 
     def load_checkpoint(

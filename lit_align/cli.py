@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_align.callbacks import Checkpointing, LogpsWriter
 from lit_align.errors import LitAlignError
+from lit_align.files import write_failure
 from lit_align.modules import LanguageModelModule
 from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.pipelines.allo import allo
@@ -123,15 +124,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             COMMANDS[verb](words[1:])
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
-    except (LitAlignError, OSError, ValueError, MisconfigurationException) as error:
-        cause: BaseException = error
-        # jsonargparse wraps what the constructors of a config's classes raise, nested ones twice.
-        while isinstance(cause, ValueError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if not isinstance(cause, LitAlignError | OSError | MisconfigurationException):
+    except Exception as error:
+        if (said := said_of(error)) is None:
             raise  # a defect of ours: its traceback is wanted
-        print(f"lit-align: {cause}", file=sys.stderr)
+        print(f"lit-align: {said}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def said_of(error: Exception) -> str | None:
+    """The message of an error about the input or the machine; None: it is another."""
+    cause: BaseException = error
+    # jsonargparse wraps what the constructors of a config's classes raise, nested ones twice.
+    while isinstance(cause, ValueError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, LitAlignError | MisconfigurationException):
+        return str(cause)
+    if (failure := write_failure(cause)) is not None:
+        return (
+            f"a file could not be written ({failure}); checkpoints and stages that were done are "
+            "as they were: make room, or choose another folder, and start again"
+        )
+    return str(cause) if isinstance(cause, OSError) else None
 
 
 def train(arguments: Sequence[str] | None) -> None:

@@ -1,7 +1,9 @@
 """Writing and hashing files so that a killed process never leaves half of one behind."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,6 +16,7 @@ from typing import IO
 from lit_align.errors import LitAlignError
 
 LOCK_NAME = ".lock"
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -31,15 +34,32 @@ def write_atomically(path: Path, data: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """An open file that stands at `path` once all is written and durable, or not at all."""
     temporary = partial_name(path, os.getpid())
+    temporary.unlink(missing_ok=True)  # of a killed process, or a link that somebody left there
     try:
-        with temporary.open("wb") as handle:
+        with temporary.open("xb") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk the system names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_failure(error: BaseException | None) -> str | None:
+    """What the system said where it could not write a file (a full disk); None: something else."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(found[1])  # of writers in Rust: safetensors, tokenizers
+        if number in UNWRITABLE:
+            name = getattr(error, "filename", None)
+            return os.strerror(number) + (f": {name}" if name else "")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def partial_name(path: Path, process: int) -> Path:
@@ -89,8 +109,12 @@ def locked_folder(folder: Path, error_type: type[LitAlignError]) -> Iterator[Non
 
     Raises:
         LitAlignError: of that type: another run works in the folder; names its process and host.
+            Or the lock is a link, which would have another file written.
     """
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as handle:
+    path = folder / LOCK_NAME
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise error_type(f"{path} is no plain file, so no run of ours made it: remove it")
+    with open(path, "a+", encoding="utf-8", opener=_open_no_link) as handle:
         try:
             _lock(handle)
         except OSError as error:
@@ -104,6 +128,10 @@ def locked_folder(folder: Path, error_type: type[LitAlignError]) -> Iterator[Non
         handle.write(f"{os.getpid()} {socket.gethostname()}\n")
         handle.flush()
         yield
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock(handle: IO[str]) -> None:

@@ -2,8 +2,9 @@
 
 Usage: python -m tests.kill_script MODEL [RUN, ...] (JSON). A run: {"out": folder, "kill": when,
 "port": of the rendezvous of two ranks, left out for one, "strategy": theirs, ddp or sharded,
-"damage": of the newest checkpoint's files what one of these ends in, changed before}. When: "" never; "KIND:N" at the Nth such
-moment ("sigterm:N": SIGTERM to the last rank alone); "SECONDS" that long after training began.
+"damage": how a file's name ends that is changed in the newest checkpoint before}. When: "" never;
+"KIND:N" at the Nth such moment ("sigterm:N": SIGTERM to the last rank alone); "SECONDS" that long
+after training began.
 Prints how each run ended, and when its training began and ended; a run that came to its end leaves
 `final.safetensors`.
 """

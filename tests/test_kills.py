@@ -38,6 +38,12 @@ def ends(script: subprocess.Popen, all_said: list[str] | None = None) -> list[st
     return [line for line in said.splitlines() if line.startswith(("killed", "status"))]
 
 
+def seconds_of(said: str) -> float:
+    """How long a run trained, by what it said."""
+    began, ended = (float(re.findall(rf"^{word} (.*)$", said, re.M)[0]) for word in TIMES)
+    return ended - began
+
+
 def final(folder: Path) -> bytes:
     return (folder / "final.safetensors").read_bytes()
 
@@ -59,8 +65,7 @@ def test_killed_at_random_moments(tiny_llama_dir, tmp_path):
     """Each run twice: as it begins, and as it goes on."""
     script = started(tiny_llama_dir, [{"out": str(tmp_path / "whole")}])
     said, _ = script.communicate(timeout=100)
-    began, ended = (float(re.findall(rf"^{word} (.*)$", said, re.M)[0]) for word in TIMES)
-    seconds = ended - began
+    seconds = seconds_of(said)
     draw = random.Random(0)
     runs, folders = [], [tmp_path / str(i) for i in range(RANDOM_KILLS)]
     for folder in folders:
@@ -74,16 +79,48 @@ def test_killed_at_random_moments(tiny_llama_dir, tmp_path):
         shutil.rmtree(folder)
 
 
+def on_two(model: Path, runs: list[dict]) -> tuple[list[list[str]], str]:
+    """Runs on two ranks; how they ended on each, and what was said."""
+    place, said = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, []
+    ranks = [started(model, runs, **place, LOCAL_RANK=str(rank)) for rank in (0, 1)]
+    return [ends(rank, said) for rank in ranks], "".join(said)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_ranks_killed_at_random_moments(strategy, tiny_llama_dir, tmp_path):
+    """Both at a time that each draws for itself; the one that lives longer may end by itself."""
+
+    def run(name: str, kill: str = "") -> dict:
+        out = str(tmp_path / name)
+        return {"out": out, "kill": kill, "port": free_port(), "strategy": strategy}
+
+    _, said = on_two(tiny_llama_dir, [run("two")])
+    seconds, draw = seconds_of(said), random.Random(0)
+    runs = []
+    for name in "abc":
+        kills = [str(draw.uniform(0, share * seconds)) for share in (0.9, 0.6)]
+        runs += [run(name, kill) for kill in (*kills, "")]
+    found, said = on_two(tiny_llama_dir, runs)
+    for rank in found:
+        assert set(rank[2::3]) == {"status 0"}, said[-4000:]
+        assert rank.count("killed") >= 3
+    ends(started(tiny_llama_dir, [{"out": str(tmp_path / "one")}]))
+    one, two, *others = (
+        load_file(tmp_path / name / "final.safetensors") for name in ("one", "two", *"abc")
+    )
+    assert_close_weights(one, two, atol=1e-6)
+    for each in others:
+        assert_close_weights(two, each, atol=1e-6)
+
+
 @pytest.mark.long
 def test_two_ranks_killed_end_like_one_process(tiny_llama_dir, tmp_path):
     runs = [
         {"out": str(tmp_path / "two"), "kill": kill, "port": free_port()}
         for kill in ("step:2", "window:2", "sigterm:2", "validation:2", "")
     ]
-    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    ranks = [started(tiny_llama_dir, runs, **place, LOCAL_RANK=str(rank)) for rank in (0, 1)]
-    found = [ends(rank) for rank in ranks]
-    for rank in found:
+    for rank in on_two(tiny_llama_dir, runs)[0]:
         assert rank == ["killed", "killed", "status 143", "killed", "status 0"]
     ends(started(tiny_llama_dir, [{"out": str(tmp_path / "one")}]))
     one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))

@@ -20,26 +20,23 @@ from lit_align.sharded_checkpoint import (
     write_checksums,
 )
 from tests.modules.test_distributed import free_port
-from tests.test_kills import ends, started
+from tests.test_kills import ends, on_two, started
 from tests.training_runs import assert_close_weights, assert_equal_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed")
-PLACE = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
-def on_two(model: Path, folder: Path, *each: dict) -> tuple[list[list[str]], str]:
+def sharded(model: Path, folder: Path, *each: dict) -> tuple[list[list[str]], str]:
     """Runs one after the other in one folder; how they ended on both ranks, and what was said."""
     runs = [{"out": str(folder), "strategy": "sharded", "port": free_port()} | one for one in each]
-    ranks = [started(model, runs, **PLACE, LOCAL_RANK=str(rank)) for rank in (0, 1)]
-    said: list[str] = []
-    return [ends(rank, said) for rank in ranks], "".join(said)
+    return on_two(model, runs)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_llama_dir, tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    found, said = on_two(tiny_llama_dir, folder, {})
+    found, said = sharded(tiny_llama_dir, folder, {})
     assert found == [["status 0"], ["status 0"]], said
     return folder
 
@@ -117,7 +114,7 @@ def test_slurms_name_stands_for_the_newest(saved):
 
 
 def test_without_the_strategy_the_way_out_is_named(saved):
-    with pytest.raises(TrainingError, match="sharded checkpoint: .*ModelParallelStrategy"):
+    with pytest.raises(TrainingError, match=r"sharded checkpoint: .*ModelParallelStrategy"):
         load_sound(saved)
 
 
@@ -125,7 +122,7 @@ def test_without_the_strategy_the_way_out_is_named(saved):
 def test_two_sharded_ranks_killed_end_like_one_that_was_not(whole, tiny_llama_dir, tmp_path):
     """The last resumed run finds the newest checkpoint damaged, and says so."""
     each = [{"kill": kill} for kill in ("step:2", "write:2", "window:2", "sigterm:2")]
-    found, said = on_two(tiny_llama_dir, tmp_path, *each, {"damage": "__1_0.distcp"})
+    found, said = sharded(tiny_llama_dir, tmp_path, *each, {"damage": "__1_0.distcp"})
     assert found[0] == ["killed", "killed", "killed", "status 143", "status 0"], said
     assert found[1] == ["killed", "status 1", "killed", "status 143", "status 0"], said
     assert re.search(r"is damaged \(the checksum of __1_0\.distcp is wrong\)", said)
