@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_align.callbacks import KeyParameterLocalization, LogpsWriter
-from lit_align.compact import AdapterSettings, trainable
+from lit_align.compact import AdapterSettings, links, trainable
 from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
 from lit_align.shards import local, whole
+from lit_align_kernels.swap_selected import gather_entries
 from tests.training_runs import (
     MemoryLogger,
     instructions,
@@ -109,20 +110,47 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class WrittenThrough(Callback):
+    """After each step each rank's weights hold what is selected; what was restored, and when."""
+
+    def __init__(self):
+        self.at = {}
+
+    def on_fit_start(self, trainer, pl_module):
+        self.at["fit_start"] = entries_of(pl_module.model)
+
+    def on_train_start(self, trainer, pl_module):
+        self.at["train_start"] = entries_of(pl_module.model)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        entries_of(pl_module.model)
+
+
+def entries_of(model) -> dict[str, torch.Tensor]:
+    """What is selected, whole, after a look at whether the weights hold it."""
+    selected = {name: whole(parameter).clone() for name, parameter in trainable(model)}
+    for link in links(model):
+        in_weight = gather_entries(whole(link.weight), link.state.entries)
+        assert torch.equal(in_weight, whole(link.selected).reshape(-1).to(in_weight.dtype))
+    return selected
+
+
 class Collectives(TorchDispatchMode):
     """Bytes of the largest tensor of each collective operation, added up by the kind of it."""
 
     def __init__(self):
         super().__init__()
-        self.num_bytes = Counter()
+        self.num_bytes, self.largest = Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # it makes up the operation of others, which come here
         if func.namespace in ("c10d", "_c10d_functional"):
             tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-            sizes = (t.numel() * t.element_size() for t in tensors)
-            self.num_bytes[func._schema.name.split("::")[1]] += max(sizes, default=0)
+            size = max((t.numel() * t.element_size() for t in tensors), default=0)
+            kind = func._schema.name.split("::")[1]
+            self.num_bytes[kind] += size
+            self.largest[kind] = max(self.largest[kind], size)
         return func(*args, **(kwargs or {}))
 
 
@@ -185,6 +213,7 @@ def run(
     out: str,
     world_size: int,
     strategy: str = "ddp",
+    verb: str = "fit",
     batch: int = 4,
     ckpt_path: str | None = None,
     keep: bool = False,
@@ -205,6 +234,7 @@ def run(
         out: folder of what comes out.
         world_size: number of ranks.
         strategy: ddp, sharded or default_mesh; of one rank, `ddp` is none at all.
+        verb: fit (and predict), validate or predict.
         batch: rows of a global batch.
         ckpt_path: to go on from.
         keep: write a checkpoint after every step.
@@ -234,7 +264,9 @@ def run(
         settings = settings | {"reference_cache": str(folder / "cache")}
     log = MemoryLogger()
     seen = SeenRows()
+    written = WrittenThrough()
     callbacks = [given, LogpsWriter(), seen] + [Dies()] * dies
+    callbacks += [written] * (keep or ckpt_path is not None)
     if keep:
         callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun says
@@ -249,6 +281,11 @@ def run(
     batch_size = max(batch // world_size, 1)
     rows_of = data(num_rows, batch_size=batch_size, splits=splits, **(data_settings or {}))
     before = written_bytes()
+    if verb != "fit":
+        found = getattr(trained, verb)(module, rows_of, ckpt_path=ckpt_path)
+        if verb == "validate" and trained.global_rank == 0:
+            (folder / "validate.json").write_text(json.dumps(found[0]))
+        return
     with Collectives() if counts else nullcontext() as collectives:
         trained.fit(module, rows_of, ckpt_path=ckpt_path)
     figures = {
@@ -260,8 +297,12 @@ def run(
         "numel_here": sum(local(p).numel() for p in module.parameters()),
         "selected_here": sum(local(p).numel() for _, p in trainable(module.model)),
         "moments_here": moments_here(trained),
+        "largest_selected": max(p.numel() for _, p in trainable(module.model)),
         "collectives": collectives.num_bytes if counts else None,
+        "largest": collectives.largest if counts else None,
     }
+    for name, selected in written.at.items():
+        save_file(selected, folder / f"{name}-{trained.global_rank}.safetensors")
     if trained.global_rank == 0:  # each later logged value is the same on every rank
         figures |= {n: log.values(n) for n in ("loss", "grad_norm", "eval_loss", "num_tokens")}
     gathered = {name: whole(weight) for name, weight in weights(module).items()}
