@@ -219,6 +219,7 @@ def run(
     keep: bool = False,
     dies: bool = False,
     counts: bool = False,
+    granularity: str = "element",
     num_rows: int = NUM_ROWS,
     module_settings: dict | None = None,
     data_settings: dict | None = None,
@@ -240,6 +241,7 @@ def run(
         keep: write a checkpoint after every step.
         dies: kill the last rank on the way.
         counts: the bytes of collective operations, by kind.
+        granularity: of a mask by gradient scores.
         num_rows: of the training split.
         module_settings: further ones.
         data_settings: further ones.
@@ -257,7 +259,7 @@ def run(
     elif mask:
         given = KeyParameterLocalization(mask=mask)
     else:
-        given = KeyParameterLocalization("gradient", num_batches=3)
+        given = KeyParameterLocalization("gradient", num_batches=3, granularity=granularity)
     if (
         objective == "dpo" and "reference" not in settings
     ):  # of rows that come with `predict` as well
