@@ -42,7 +42,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # of a full disk the system names none
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # of a full disk the system names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
