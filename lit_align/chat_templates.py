@@ -1,4 +1,4 @@
-"""Chat templates: Jinja2 of a model's folder, rendered in transformers' sandbox, in limited time."""
+"""Chat templates of models: Jinja2, rendered in transformers' sandbox and in limited time."""
 
 from __future__ import annotations
 

@@ -82,3 +82,31 @@ def check_depth(value: Any) -> None:
             return
         level = [x for v in nested for x in (v.values() if isinstance(v, dict) else v)]
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def check_form(value: Any, form: Any, what: str = "it") -> None:
+    """Compare a value with the form that a document has to have.
+
+    A form is a type or a tuple of them (True is no int, and `object` is anything), a list with the
+    form of all elements, or a dict: name → form of what has to be there, `str` → of all values.
+
+    >>> check_form({"n": 1, "rows": [{"id": 5}]}, {"n": int, "rows": [{"id": str}]})
+    Traceback (most recent call last):
+    ValueError: it['rows'][0]['id'] is of the type int
+
+    Raises:
+        ValueError: names the first place that differs.
+    """
+    if isinstance(form, list):
+        check_form(value, list, what)
+        for index, element in enumerate(value):
+            check_form(element, form[0], f"{what}[{index}]")
+    elif isinstance(form, dict):
+        check_form(value, dict, what)
+        for name, inner in form.items():
+            if name is not str and name not in value:
+                raise ValueError(f"{what} lacks {name!r}")
+            for each in value if name is str else [name]:
+                check_form(value[each], inner, f"{what}[{each!r:.80}]")
+    elif form is not object and type(value) not in (form if isinstance(form, tuple) else (form,)):
+        raise ValueError(f"{what} is of the type {type(value).__name__}")

@@ -66,6 +66,19 @@ class StageRecord:
                 return f"{path} is not what the stage wrote"
         return None
 
+    def stranger(self, folder: Path) -> Path | None:
+        """A link or file in `folder` that the stage did not write; hidden ones do not count.
+
+        What reads a model's folder finds files by their names, and would take it along.
+        """
+        known = {file.path for file in self.files}
+        for path in sorted(folder.rglob("*")):
+            place = path.relative_to(folder)
+            is_other = path.is_symlink() or (not path.is_dir() and place.as_posix() not in known)
+            if is_other and not any(part.startswith(".") for part in place.parts):
+                return path
+        return None
+
 
 @dataclass
 class Manifest:

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lit_align.data.files import read_rows
 from lit_align.data.formats import FORMATS, parse_row
 from lit_align.data.schema import PreferenceRow, SFTRow, TokenizedRow, is_messages
 from lit_align.data.validate import check_row, check_text
-from lit_align.errors import DataError
+from lit_align.errors import DataError, PipelineError
 from lit_align.evaluation import (
     extract_choice,
     extract_final_answer,
@@ -31,8 +32,16 @@ from lit_align.evaluation import (
 from lit_align.files import write_atomically
 from lit_align.pipelines.settings import DataKind, DataSettings
 from lit_align.pipelines.word_problems import word_problems
+from lit_align.strict_json import check_form, read_json_file
 
 Row = dict[str, Any]
+
+# Forms of what stages write and other stages read.
+NUMBER = (int, float)
+NUMBER_OR_NONE = (int, float, type(None))
+CONTENT = (str, list)  # text, or messages
+QUESTION = {"id": str, "prompt": CONTENT, "target": CONTENT}
+PAIR = {"id": str, "prompt": CONTENT, "chosen": CONTENT, "rejected": CONTENT}
 
 
 def as_ids(row: TokenizedRow) -> Row:
@@ -240,14 +249,41 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(lines).encode())
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """Read rows that `write_jsonl` wrote."""
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+def read_jsonl(path: Path, form: Any = dict) -> list[Row]:
+    """Read rows that `write_jsonl` wrote.
+
+    Raises:
+        PipelineError: the file is damaged, or a row is not of the form (see `check_form`).
+    """
+    with _reading(path):
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        for number, row in enumerate(rows, 1):
+            check_form(row, form, f"row {number}")
+    return rows
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON document."""
-    return json.loads(path.read_text("utf-8"))
+def read_json(path: Path, form: Any = dict) -> Any:
+    """Read one JSON document.
+
+    Raises:
+        PipelineError: the file is damaged, or not of the form (see `check_form`).
+    """
+    with _reading(path):
+        value = read_json_file(path)
+        check_form(value, form)
+    return value
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A run's folder may come from anybody, and its files are no better than what wrote them."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        raise PipelineError(
+            f"{path} is not what a run writes there: {error}; remove {path.parent} to have it "
+            "written anew"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_align.pipelines.manifest import StageRecord
+from lit_align.pipelines.rows import NUMBER, NUMBER_OR_NONE
 from lit_align.report import Table
+
+# Of `metrics.json`, which each training of a variant writes, and the measuring of the base.
+VARIANT_METRICS = {
+    "seed": int, "validation_loss": NUMBER_OR_NONE, "train_loss": NUMBER_OR_NONE,
+    "trained_parameters": int, "seconds": NUMBER, "peak_rss_mib": NUMBER_OR_NONE,
+}  # fmt: skip
+BASE_METRICS = {"validation_loss": NUMBER_OR_NONE, "validation_rows": int}
 
 
 def stages_table(records: Mapping[str, StageRecord]) -> Table:

@@ -204,6 +204,11 @@ def _check_folder(name: str, output_dir: Path, manifest: Manifest) -> None:
             f"{folder} was not written by a stage (the manifest does not list it): move it away, "
             "or choose another output folder"
         )
+    if folder.is_dir() and (stranger := manifest.stages[name].stranger(folder)):
+        raise PipelineError(
+            f"{stranger} was not written by stage {name!r} (the manifest does not list it): move "
+            "it away, or choose another output folder"
+        )
 
 
 def _canonical_json(value: object, stage_name: str) -> str:

@@ -20,6 +20,7 @@ from lit_align.pipelines.rewards.rewriting import rewriting_rows
 from lit_align.pipelines.rewards.token_rewards import weighted_rows
 from lit_align.pipelines.rows import (
     is_right,
+    read_json,
     write_json,
     write_jsonl,
 )
@@ -93,7 +94,10 @@ def _wrong(run: AlloRun) -> list[Prediction]:
 
 def _correction_texts(run: AlloRun) -> list[str | None]:
     path = run.output / "corrections" / "corrections.json"
-    return json.loads(path.read_text("utf-8"))["texts"]
+    texts: list[str | None] = read_json(path, {"texts": [(str, type(None))]})["texts"]
+    if len(texts) != (wrong := len(run.rows("pairs", "wrong"))):
+        raise PipelineError(f"{path} corrects {len(texts)} responses of {wrong}")
+    return texts
 
 
 def teacher_folder(run: AlloRun) -> Path:

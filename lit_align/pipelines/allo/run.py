@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_align.language_model import load_language_model, resolve_model
-from lit_align.pipelines.rows import Row, read_jsonl
+from lit_align.pipelines.rows import CONTENT, NUMBER, PAIR, QUESTION, Row, read_jsonl
 from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.settings import (
     DataSettings,
@@ -26,6 +26,14 @@ from lit_align.pipelines.training import inference_device, module_settings
 
 DELTA_FILE = "delta.safetensors"
 MASK_FILE = "mask.safetensors"
+ROWS: dict[str, dict[str, Any]] = {
+    "train": QUESTION,
+    "held_out": QUESTION,
+    "sampled": QUESTION | {"right": [str], "wrong": [str]},
+    "pairs": PAIR,
+    "wrong": QUESTION | {"response": CONTENT},
+    "weighted": {"prompt": CONTENT, "response": CONTENT, "token_weights": [NUMBER]},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,7 @@ class AlloRun:
 
     def rows(self, stage: str, name: str) -> list[Row]:
         """Rows that a stage wrote."""
-        return read_jsonl(self.output / stage / f"{name}.jsonl")
+        return read_jsonl(self.output / stage / f"{name}.jsonl", ROWS[name])
 
     def module_settings(self, settings: TrainSettings) -> dict[str, Any]:
         """What a module of a stage takes."""

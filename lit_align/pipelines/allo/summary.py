@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from lit_align.masks import ParameterMask
 from lit_align.pipelines.manifest import StageRecord
-from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.rows import NUMBER, read_json, write_json
 from lit_align.pipelines.run_tables import input_fingerprints, stages_table
 from lit_align.pipelines.workbench.files import Architecture
 from lit_align.report import Table, format_interval, format_table, library_versions, write_report
@@ -18,6 +17,7 @@ from lit_align.report.mask_figures import mask_figures
 from lit_align.report.mask_tables import block_table, module_table
 
 COLUMNS = ("model", "accuracy [95 % interval]", "trained parameters", "peak MiB", "seconds")
+METRICS = {"accuracy": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
 STAGES = {"sft": ("sft",), "dpo": ("warm_up",), "allo": ("forget", "improve")}
 NAMES = {
     "base": "base",
@@ -58,7 +58,7 @@ def summarise(run: Run, records: Mapping[str, StageRecord]) -> dict[str, Any]:
 def _row(
     output: Path, name: str, records: Mapping[str, StageRecord], mask: ParameterMask
 ) -> dict[str, Any]:
-    metrics = json.loads((output / f"evaluate_{name}" / "metrics.json").read_text("utf-8"))
+    metrics = read_json(output / f"evaluate_{name}" / "metrics.json", METRICS)
     stages = [records[s] for s in STAGES.get(name, ()) if s in records]
     peaks = [r.peak_rss_mib for r in stages if r.peak_rss_mib is not None]
     trained = {"base": 0, "allo": mask.count()}.get(name, mask.total())

@@ -6,13 +6,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_align.errors import PipelineError
 from lit_align.localizers.stored import meta_model
 from lit_align.masks import HeadLayout, ParameterMask
 from lit_align.pipelines.alps.run import LABELS, ALPSRun
 from lit_align.pipelines.alps.stages import HEADS_FILE
 from lit_align.pipelines.manifest import StageRecord
-from lit_align.pipelines.rows import read_json, write_json
-from lit_align.pipelines.run_tables import input_fingerprints, over_seeds, stages_table
+from lit_align.pipelines.rows import NUMBER, read_json, write_json
+from lit_align.pipelines.run_tables import (
+    BASE_METRICS,
+    VARIANT_METRICS,
+    input_fingerprints,
+    over_seeds,
+    stages_table,
+)
 from lit_align.report import Table, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, read_metrics_csv
 from lit_align.report.mask_figures import mask_figures
@@ -22,9 +29,9 @@ Results = dict[str, Any]
 
 def summarise(run: ALPSRun, records: Mapping[str, StageRecord]) -> Results:
     """Print the table, write `results.json` and `report.html`; returns what the former holds."""
-    heads = read_json(run.output / "heads" / HEADS_FILE)
+    heads = _read_heads(run)
     results: Results = {
-        "base": read_json(run.output / "base" / "metrics.json"),
+        "base": read_json(run.output / "base" / "metrics.json", BASE_METRICS),
         "variants": {name: _variant(run, name, heads) for name in run.variants()},
         "heads": heads,
     }
@@ -38,10 +45,36 @@ def summarise(run: ALPSRun, records: Mapping[str, StageRecord]) -> Results:
     return results
 
 
+def _read_heads(run: ALPSRun) -> Results:
+    """What `choose_heads` wrote: the masks of this run have to be there, and their heads to exist.
+
+    Raises:
+        PipelineError: they do not.
+    """
+    shares = dict.fromkeys(("q", "k", "v", "qkv"), NUMBER)
+    mask = {"heads": {str: [int]}, "count": int, "shares": shares}
+    names = ["alps", *(t.mask for t in run.tunings() if t.mask is not None)]
+    form = {
+        "num_heads": int, "num_kv_heads": int, "total_heads": int, "blocks": [object],
+        "projections": [str], "scores": (dict, type(None)), "masks": dict.fromkeys(names, mask),
+    }  # fmt: skip
+    path = run.output / "heads" / HEADS_FILE
+    found: Results = read_json(path, form)
+    blocks = {str(i): range(found["num_heads"]) for i in range(len(found["blocks"]))}
+    chosen = found["masks"]["alps"]["heads"]
+    exist = all(set(some) <= set(blocks.get(block, ())) for block, some in chosen.items())
+    if found["scores"] is not None:
+        check = {block: len(found["scores"].get(block, ())) for block in chosen}
+        exist = exist and all(length == found["num_heads"] for length in check.values())
+    if not exist:
+        raise PipelineError(f"{path} names heads that the model does not have")
+    return found
+
+
 def _variant(run: ALPSRun, variant: str, heads: Results) -> Results:
     """A row of the table: means over the seeds."""
     tunings = [t for t in run.tunings() if t.variant == variant]
-    runs = [read_json(run.output / t.stage / "metrics.json") for t in tunings]
+    runs = [read_json(run.output / t.stage / "metrics.json", VARIANT_METRICS) for t in tunings]
     masks = [heads["masks"][t.mask] for t in tunings if t.mask is not None]
     everything = {"count": heads["total_heads"], "shares": dict.fromkeys("qkv", 1.0) | {"qkv": 1.0}}
     if variant == "full" and not masks:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lit_align.errors import DataError
+from lit_align.errors import DataError, PipelineError
 from lit_align.pipelines.generation.questions import AskedQuestion
-from lit_align.pipelines.rows import read_jsonl, write_json, write_jsonl
+from lit_align.pipelines.rows import read_json, read_jsonl, write_json, write_jsonl
 
 AnswerFormat: TypeAlias = Literal["alpaca_eval", "mt_bench"]
 Record: TypeAlias = dict[str, Any]
@@ -81,24 +80,26 @@ class AnswerFile:
         for place, asked in enumerate(self.asked):
             places[getattr(asked, field)].append(place)
         try:
-            records = (
-                json.loads(self.path.read_text("utf-8"))
-                if self.format == "alpaca_eval"
-                else read_jsonl(self.path)
-            )
+            records = self._read_records({field: object})
             return {places[record[field]].pop(0): record for record in records}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path}: damaged: {error!r}; remove it to begin anew") from error
+        except (PipelineError, TypeError) as error:
+            raise DataError(f"{self.path}: damaged: {error}; remove it to begin anew") from error
         except IndexError as error:
             raise DataError(
                 f"{self.path} answers questions that are not among these: name another output, or "
                 "remove it"
             ) from error
 
+    def _read_records(self, form: Record) -> list[Record]:
+        if self.format == "alpaca_eval":
+            records: list[Record] = read_json(self.path, [form])
+            return records
+        return read_jsonl(self.path, form)
+
     def _check_settings(self) -> None:
         try:
-            before = json.loads(self._settings_path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            before = read_json(self._settings_path)
+        except PipelineError as error:
             raise DataError(
                 f"{self.path} is there, and {self._settings_path.name}, which says how its answers "
                 "were made, cannot be read: name another output, or remove it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from lit_align.localizers.same_model import check_same_architecture, check_same_
 from lit_align.masks import named_shapes
 from lit_align.masks.linear_layers import linear_layers
 from lit_align.pipelines.ila.run import ILARun
-from lit_align.pipelines.rows import Row, as_ids, write_json, write_jsonl
+from lit_align.pipelines.rows import Row, as_ids, read_json, write_json, write_jsonl
 from lit_align.pipelines.training import inference_device
 from lit_align.pipelines.variants import data_module
 
 LAYERS_FILE = "layers.json"
+LAYERS = {"base_fingerprint": str, "names": [str], "shapes": {str: [int]}}
 
 
 def prepare_rows(run: ILARun, folder: Path) -> None:
@@ -84,7 +84,8 @@ class Layers:
     @classmethod
     def read(cls, run: ILARun) -> Layers:
         """What `list_layers` wrote."""
-        return cls(**json.loads((run.output / "layers" / LAYERS_FILE).read_text("utf-8")))
+        found = read_json(run.output / "layers" / LAYERS_FILE, LAYERS)
+        return cls(**{name: found[name] for name in LAYERS})
 
 
 def list_layers(run: ILARun, folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_align.errors import PipelineError
 from lit_align.localizers.layer_gate import LayerScores, read_scores
 from lit_align.masks import ParameterMask
 from lit_align.masks.compare import Comparison
@@ -15,13 +16,26 @@ from lit_align.pipelines.ila.run import TRANSFERRED, ILARun
 from lit_align.pipelines.ila.stages import OVERLAP_FILE, TRANSFER_FILE, mask_file, stability_file
 from lit_align.pipelines.ila.variants import Choice, choices
 from lit_align.pipelines.manifest import StageRecord
-from lit_align.pipelines.rows import read_json, write_json
-from lit_align.pipelines.run_tables import input_fingerprints, over_seeds, stages_table
+from lit_align.pipelines.rows import NUMBER, NUMBER_OR_NONE, read_json, write_json
+from lit_align.pipelines.run_tables import (
+    BASE_METRICS,
+    VARIANT_METRICS,
+    input_fingerprints,
+    over_seeds,
+    stages_table,
+)
 from lit_align.report import Table, format_table, library_versions, write_report
 from lit_align.report.figures import Curves, HeatMap, Histogram, read_metrics_csv
 from lit_align.report.mask_figures import jaccard_figure, layer_figure
 
 Results = dict[str, Any]
+
+STABILITY = {"stable": bool, "steps": int, "epsilon": NUMBER, "window": int, "warmup_steps": int}
+OVERLAP = {
+    "level": str, "names": [str], "units": int, "counts": [int], "jaccard": [[NUMBER_OR_NONE]],
+    "random": [[NUMBER_OR_NONE]], "share": NUMBER,
+}  # fmt: skip
+TRANSFER = {"scores": {str: NUMBER}, "unmatched": [str], "unused": [str]}
 
 
 def summarise(run: ILARun, records: Mapping[str, StageRecord]) -> Results:
@@ -29,14 +43,14 @@ def summarise(run: ILARun, records: Mapping[str, StageRecord]) -> Results:
     layers = Layers.read(run)
     scores = {r.name: read_scores(r.file) for r in run.every_ranking()}
     results: Results = {
-        "base": read_json(run.output / "base" / "metrics.json"),
+        "base": read_json(run.output / "base" / "metrics.json", BASE_METRICS),
         "variants": {c.name: _variant(run, c, layers) for c in choices(run)},
         "rankings": {name: _ranking(found) for name, found in scores.items()},
-        "overlap": read_json(run.output / "masks" / OVERLAP_FILE),
+        "overlap": _overlaps(run.output / "masks" / OVERLAP_FILE),
         "stage1": _stability(run),
     }
     if run.use.transfer:
-        results[TRANSFERRED] = read_json(run.output / "masks" / TRANSFER_FILE)
+        results[TRANSFERRED] = read_json(run.output / "masks" / TRANSFER_FILE, TRANSFER)
     results["notes"] = all_notes(results)
     write_json(run.output / "results.json", results)
     table = variants_table(results, run)
@@ -50,12 +64,25 @@ def summarise(run: ILARun, records: Mapping[str, StageRecord]) -> Results:
 def _stability(run: ILARun) -> Results:
     """What stage 1 says of itself, by data set, where it looked for stability."""
     files = {dataset: stability_file(run, dataset) for dataset in run.fine_tuned}
-    return {dataset: read_json(file) for dataset, file in files.items() if file.is_file()}
+    return {
+        dataset: read_json(file, STABILITY) for dataset, file in files.items() if file.is_file()
+    }
+
+
+def _overlaps(path: Path) -> Results:
+    """The comparisons of rankings, by title."""
+    found: Results = read_json(path, {str: OVERLAP})
+    for title, comparison in found.items():
+        matrices = comparison["jaccard"], comparison["random"]
+        lists = [comparison["counts"], *matrices, *(row for m in matrices for row in m)]
+        if {len(each) for each in lists} != {len(comparison["names"])}:
+            raise PipelineError(f"{path}: {title!r:.80} has not one row and column for each name")
+    return found
 
 
 def _variant(run: ILARun, choice: Choice, layers: Layers) -> Results:
     """A row of the table: means over the seeds."""
-    runs = [read_json(f / "metrics.json") for f in run.tune_folders(choice.name)]
+    runs = [read_json(f / "metrics.json", VARIANT_METRICS) for f in run.tune_folders(choice.name)]
     return {
         "label": choice.label,
         "method": choice.method,
@@ -187,7 +214,12 @@ def _figures(
         title = f"{name}: the top {100 * share:g} % of the layers"
         figures.append(layer_figure(layers, title, ratio=share))
     for title, comparison in results["overlap"].items():
-        figures.append(jaccard_figure(Comparison(**comparison), f"Jaccard index: {title}"))
+        figures.append(
+            jaccard_figure(
+                Comparison(**{name: comparison[name] for name in OVERLAP}),
+                f"Jaccard index: {title}",
+            )
+        )
     return figures
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from lit_align.errors import PipelineError
 from lit_align.files import write_atomically
+from lit_align.strict_json import check_form, read_json_file
 
 Messages = Sequence[dict[str, str]]
 
@@ -169,8 +170,10 @@ class Request:
     def cached(self) -> str:
         """The text in the cache."""
         try:
-            return str(json.loads(self.path.read_text("utf-8"))["text"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = read_json_file(self.path)
+            check_form(found, {"text": str})
+            return str(found["text"])
+        except (OSError, ValueError) as error:
             raise PipelineError(f"{self.path}: damaged; remove it to ask again") from error
 
     def send(self, key: str | None, stopping: threading.Event) -> Answer:

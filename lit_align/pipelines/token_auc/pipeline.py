@@ -7,7 +7,6 @@ and asked about the others; `edit` weights come from those rows' own corrections
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,18 @@ from typing import Any
 from lit_align.data.templates import chat_template_text
 from lit_align.gguf_alias import ALIAS
 from lit_align.language_model import resolve_model
-from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.rows import NUMBER, read_json, write_json
 from lit_align.pipelines.settings import RunSettings, TrainSettings
 from lit_align.pipelines.stage import Stage, run_stages
 from lit_align.pipelines.token_auc import stages
 from lit_align.pipelines.token_auc.stages import KINDS, TokenAucRun, TokenAucSettings
 from lit_align.pipelines.training import as_config
+
+ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER}
+RESULTS = {kind: {"pooled": ESTIMATE, "by_row": ESTIMATE} for kind in KINDS} | {
+    "n": int, "tokens": int, "wrong_share": NUMBER, "excluded": {str: int},
+    "settings": {"train": bool, "train_rows": int},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +86,7 @@ def token_weight_auc(
     config = as_config(rows)
     listed.append(Stage("auc", config, ["probabilities"], partial(stages.measure, this)))
     run_stages(listed, output)
-    results = json.loads((this.output / "auc" / "results.json").read_text("utf-8"))
+    results = read_json(this.output / "auc" / "results.json", RESULTS)
     write_json(this.output / "results.json", results)
     print(table(results))
     return results

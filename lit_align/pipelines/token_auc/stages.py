@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from lit_align.data import RowTokenizer, SFTDataModule, UnlearningRow
 from lit_align.data.templates import chat_template_text
-from lit_align.errors import DataError
+from lit_align.errors import DataError, PipelineError
 from lit_align.evaluation.auc import mean_auc, pooled_auc
 from lit_align.language_model import load_language_model, resolve_model, save_language_model
 from lit_align.modules import SupervisedFineTuning
@@ -22,7 +21,7 @@ from lit_align.pipelines.rewards.edit_distance import align
 from lit_align.pipelines.rewards.reward_model import RewardModel, token_probabilities
 from lit_align.pipelines.rewards.rewriting import rewriting_prompt, rewriting_rows
 from lit_align.pipelines.rewards.token_rewards import TOO_LONG, WHOLE, probability_weights
-from lit_align.pipelines.rows import write_json
+from lit_align.pipelines.rows import NUMBER, read_json, write_json
 from lit_align.pipelines.run_folder import MODEL_FOLDER
 from lit_align.pipelines.setting_checks import COUNT, NOT_NEGATIVE, RATIO, check
 from lit_align.pipelines.settings import RunSettings, TrainSettings
@@ -186,7 +185,7 @@ def _edited(one: LabelledTokens, tokenizer: Any) -> np.ndarray:
 
 def measure(run: TokenAucRun, folder: Path) -> None:
     """AUCs from what was written down."""
-    written = json.loads((run.output / "probabilities" / "tokens.json").read_text("utf-8"))
+    written = _read_tokens(run.output / "probabilities" / "tokens.json")
     if not written["rows"]:
         why = ", ".join(f"{count} x {reason}" for reason, count in written["excluded"].items())
         raise DataError(f"no row can be measured: {why}")
@@ -208,6 +207,16 @@ def measure(run: TokenAucRun, folder: Path) -> None:
         "settings": dataclasses.asdict(run.rows) | {"model": run.model},
     }
     write_json(folder / "results.json", results)
+
+
+def _read_tokens(path: Path) -> dict[str, Any]:
+    """What `ask_reward_model` wrote."""
+    row = {"wrong": [int], "edited": [int], "probabilities": [NUMBER]}
+    written: dict[str, Any] = read_json(path, {"rows": [row], "excluded": {str: int}})
+    for number, found in enumerate(written["rows"], 1):
+        if len({len(found[name]) for name in row}) > 1:
+            raise PipelineError(f"{path}: row {number} has not one value of each kind a token")
+    return written
 
 
 def _weights(row: dict[str, Any], kind: Any, threshold: float) -> np.ndarray:
