@@ -103,11 +103,17 @@ class SeenRows(Callback):
 
 
 class Dies(Callback):
-    """The last rank is killed after a step, as by the kernel when memory is short."""
+    """A rank ends after a step: killed, as by the kernel when memory is short, or by an error."""
+
+    def __init__(self, how, rank):
+        self.how, self.rank = how, rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+        if trainer.global_step != 2 or trainer.global_rank != self.rank:
+            return
+        if self.how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("this rank's disk is gone")
 
 
 class WrittenThrough(Callback):
@@ -217,7 +223,7 @@ def run(
     batch: int = 4,
     ckpt_path: str | None = None,
     keep: bool = False,
-    dies: bool = False,
+    dies: tuple[str, int] | None = None,
     counts: bool = False,
     granularity: str = "element",
     num_rows: int = NUM_ROWS,
@@ -239,7 +245,7 @@ def run(
         batch: rows of a global batch.
         ckpt_path: to go on from.
         keep: write a checkpoint after every step.
-        dies: kill the last rank on the way.
+        dies: how a rank ends on the way, and which.
         counts: the bytes of collective operations, by kind.
         granularity: of a mask by gradient scores.
         num_rows: of the training split.
@@ -267,7 +273,7 @@ def run(
     log = MemoryLogger()
     seen = SeenRows()
     written = WrittenThrough()
-    callbacks = [given, LogpsWriter(), seen] + [Dies()] * dies
+    callbacks = [given, LogpsWriter(), seen] + ([Dies(*dies)] if dies else [])
     callbacks += [written] * (keep or ckpt_path is not None)
     if keep:
         callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))

@@ -1,11 +1,6 @@
-"""Two gloo processes end like one, send selected entries alone, and do not wait for the dead."""
+"""Two gloo processes end like one, and send selected entries alone."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,16 +9,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.localizers import random_scores
-from lit_align.masks import ParameterMask, named_shapes, select
-from lit_align.modules.checkpointed import read_checkpoint
-from tests.modules.distributed_script import (
-    OBJECTIVES,
-    ROOT,
-    free_port,
-    run,
-    run_ranks,
-    start_ranks,
-)
+from lit_align.masks import named_shapes, select
+from tests.modules.distributed_script import OBJECTIVES, run, run_ranks
 from tests.tiny_models import tiny_tokenizer
 from tests.training_runs import (
     assert_close_weights,
@@ -121,80 +108,3 @@ def test_shards_end_like_copies(name, on_two):
     assert found["mask"] == like["mask"]
     assert_equal_figures(like, found)
     assert max(figures(on_two / name, r)["numel_here"] for r in (0, 1)) <= 0.51 * found["numel"]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_a_killed_rank_ends_the_job(strategy, tiny_llama_dir, tmp_path):
-    random_mask(0.3).save(tmp_path / "mask")
-    settings = {"model": str(tiny_llama_dir), "mask": str(tmp_path / "mask"), "out": str(tmp_path)}
-    settings |= {"objective": "sft", "strategy": strategy, "dies": True}
-    survivor, killed = start_ranks(2, [settings])
-    try:
-        assert killed.wait(timeout=120) == -signal.SIGKILL
-        began = time.monotonic()
-        printed, _ = survivor.communicate(timeout=60)
-        assert time.monotonic() - began < 60
-        assert survivor.returncode not in (0, -signal.SIGKILL), printed
-        assert "Error" in printed
-    finally:
-        survivor.kill()
-        killed.kill()
-
-
-def two_machines(words: list[str], cwd: Path) -> list[subprocess.Popen]:
-    """What two machines would start, each with one process: they meet over TCP on loopback."""
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
-        "--rdzv_id", "test", "--local_addr", "127.0.0.1",
-    ]  # fmt: skip
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return [subprocess.Popen(torchrun + words, cwd=cwd, env=env, **streams) for _ in range(2)]
-
-
-@pytest.mark.long
-def test_torchrun_on_two_machines_ends_like_one_process(tiny_llama_dir, tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-
-    def words(out: str, batch_size: int, *more: str) -> list[str]:
-        given = ["-m", "lit_align.cli", "fit", "--config", "configs/masked_dpo_tiny.yaml"]
-        given += ["--model.init_args.model", str(tiny_llama_dir), "--trainer.default_root_dir", out]
-        return [*given, "--data.init_args.batch_size", str(batch_size), *more]
-
-    several = ("--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--trainer.devices", "1")
-    machines = two_machines(words("two", 1, *several), tmp_path)
-    try:
-        for machine in machines:
-            printed, _ = machine.communicate(timeout=200)
-            assert machine.returncode == 0, printed[-4000:]
-    finally:
-        for machine in machines:
-            machine.kill()
-    one = [sys.executable, *words("one", 2, "--trainer.devices", "1")]
-    subprocess.run(one, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    masks = [ParameterMask.load(tmp_path / run / "mask.safetensors") for run in ("one", "two")]
-    states = [read_checkpoint(newest(tmp_path / run))["state_dict"] for run in ("one", "two")]
-    assert masks[0].digest == masks[1].digest
-    assert_close_weights(*states, atol=1e-6)
-
-
-def newest(run: Path) -> Path:
-    return max(run.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-
-
-@pytest.mark.long
-def test_torchrun_ends_where_a_process_is_killed(tiny_llama_dir, tmp_path):
-    random_mask(0.3).save(tmp_path / "mask")
-    settings = {"model": str(tiny_llama_dir), "mask": str(tmp_path / "mask"), "out": str(tmp_path)}
-    settings |= {"objective": "sft", "dies": True}
-    command = ["-m", "tests.modules.distributed_script", json.dumps([settings])]
-    machines = two_machines(command, ROOT)
-    try:
-        for machine in machines:
-            printed, _ = machine.communicate(timeout=200)
-            assert machine.returncode not in (0, -signal.SIGKILL), printed
-    finally:
-        for machine in machines:
-            machine.kill()

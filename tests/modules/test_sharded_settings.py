@@ -93,13 +93,21 @@ def test_three_shards_equal_one_process(case, runs):
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", ROUNDED)
-def test_in_16_bits_they_are_as_near_as_its_rounding(case, runs):
+def test_in_16_bits_they_are_as_near_as_its_rounding(case, runs, tiny_llama_dir):
     one, three = (figures(runs / f"{case}-{n}") for n in (1, 3))
     for name in ("loss", "eval_loss"):
-        assert three[name] == pytest.approx(one[name], rel=3e-3), name
-    before, after = both(runs, case, "weights")
-    assert {t.dtype for t in after.values()} == {t.dtype for t in before.values()}
-    assert_close_weights(before, after, atol=0.04)
+        assert three[name] == pytest.approx(one[name], rel=1e-3), name
+    alone, sharded = both(runs, case, "weights")
+    assert {t.dtype for t in sharded.values()} == {t.dtype for t in alone.values()}
+    base = load_file(tiny_llama_dir / "model.safetensors")
+    base = {
+        name: base.get(name, base["model.embed_tokens.weight"]).to(t) for name, t in alone.items()
+    }
+    assert distance(alone, sharded) < 0.05 * distance(alone, base)
     if case.startswith("weight_change"):
         one, three = masks(runs, case)
         assert (one & three).count() > 0.98 * one.count() == 0.98 * three.count()
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum(float((a[name].float() - b[name].float()).abs().sum()) for name in a)
