@@ -67,7 +67,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             TrainingError: it is damaged, or no checkpoint.
         """
         if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            return super().load_checkpoint(path, map_location, weights_only=True)
         return load_sound(choose_sound(Path(path)))
 
     def remove_checkpoint(self, path: Any) -> None:

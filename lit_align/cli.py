@@ -77,11 +77,13 @@ class AlignCLI(LightningCLI):
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
 
     def _parse_ckpt_path(self) -> None:
-        """Look at the checkpoint before Lightning reads its settings."""
+        """Look at the checkpoint, and take no settings from it, as Lightning would.
+
+        They name a model and may ask for the code that it brings: whoever starts a command does.
+        """
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and path not in CHECKPOINT_WORDS and not Path(path).is_dir():  # (of shards)
             read_checkpoint(path)
-        super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """A Trainer with CSV and TensorBoard loggers by default."""

@@ -3,8 +3,8 @@
 Usage: python -m tests.kill_script MODEL [RUN, ...] (JSON). A run: {"out": folder, "kill": when,
 "port": of the rendezvous of two ranks, left out for one, "strategy": theirs, ddp or sharded,
 "damage": how a file's name ends that is changed in the newest checkpoint before}. When: "" never;
-"KIND:N" at the Nth such moment ("sigterm:N": SIGTERM to the last rank alone); "SECONDS" that long
-after training began.
+"KIND:N" at the Nth such moment ("sigterm:N": SIGTERM to the last rank alone); "after:N:SECONDS"
+so long after the Nth batch began.
 Prints how each run ended, and when its training began and ended; a run that came to its end leaves
 `final.safetensors`.
 """
@@ -35,12 +35,11 @@ ACCUMULATE = 2
 
 
 class Killer(Callback):
-    """Kills the process at the Nth moment of a kind, or so long after training began."""
+    """Kills the process at the Nth moment of a kind, or some time after it."""
 
     def __init__(self, when: str) -> None:
-        self.kind, _, number = when.partition(":") if ":" in when else ("", "", "0")
-        self.left = int(number)
-        self.seconds = float(when) if when and ":" not in when else None
+        self.kind, number, seconds = (*when.split(":"), "0", "0")[:3]
+        self.left, self.seconds = int(number), float(seconds)
 
     def moment(self, kind: str) -> None:
         if kind == self.kind:
@@ -50,12 +49,13 @@ class Killer(Callback):
 
     def on_train_start(self, trainer, pl_module):
         print(f"began {time.time()}", flush=True)
-        if self.seconds is not None:
-            kill = (os.getpid(), signal.SIGKILL)
-            threading.Timer(self.seconds, os.kill, kill).start()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.moment("window" if batch_idx % ACCUMULATE else "step")
+        if self.kind == "after":
+            self.left -= 1
+            if self.left == 0:
+                threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
         if self.kind == "sigterm":
             self.left -= 1
             if self.left == 0 and trainer.global_rank == trainer.world_size - 1:

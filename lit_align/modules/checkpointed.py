@@ -126,6 +126,7 @@ class CheckpointedModule(LoggedModule):
             TrainingError: names both.
         """
         self._check_identity(checkpoint)
+        _check_paths(checkpoint)
         theirs = checkpoint[CHECKPOINT_KEY]
         if allocates_ranks(self.model):
             load_allocation_state(self.model, theirs[RANKS])
@@ -151,6 +152,19 @@ class CheckpointedModule(LoggedModule):
             "delta_checksum": self.delta_checksum,
             "adapter": adapter_identity(self.model),
         }
+
+
+def _check_paths(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse names that lead out of a run's folder: Lightning removes what it reads of, in time.
+
+    (It removes what seems to lie in the folder where a run's checkpoints are.)
+    """
+    for state in checkpoint.get("callbacks", {}).values():
+        known = state.get("best_k_models", {}) if isinstance(state, dict) else {}
+        names = [*known, state.get("last_model_path")] if known else []
+        for name in names:
+            if name is not None and (not isinstance(name, str) or ".." in Path(name).parts):
+                raise TrainingError(f"the checkpoint names {name!r:.200} as another, and cannot")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

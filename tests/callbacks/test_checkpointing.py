@@ -61,6 +61,7 @@ def test_the_newest_stay_and_the_newest_sound_one_is_last(tiny_llama_dir, tmp_pa
     assert found == {str(tmp_path / "checkpoints" / "step=9.ckpt")}
 
 
+@pytest.mark.long
 def test_last_goes_on_from_a_sound_one(whole, tiny_llama_dir, tmp_path):
     fit(tiny_llama_dir, tmp_path, max_steps=6)
     newest = tmp_path / "checkpoints" / "step=6.ckpt"
@@ -73,7 +74,7 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_sigterm_saves_and_ends(accumulate, tiny_llama_dir, tmp_path):
     """At the sixth batch: after a step, or amid a window."""
     rare = {"saving": Checkpointing(minutes=60), "accumulate_grad_batches": accumulate}
@@ -108,6 +109,7 @@ def test_preempted_by_slurm_goes_on_by_itself(whole, slurm, tiny_llama_dir, tmp_
     assert_equal_weights(whole, resumed)
 
 
+@pytest.mark.long
 def test_slurms_signal_is_answered_after_a_batch(whole, slurm, tiny_llama_dir, tmp_path):
     class MidStep(SupervisedFineTuning):
         """It comes while a step is under way."""
@@ -165,6 +167,7 @@ def test_a_folder_that_cannot_be_written_is_named_at_the_start(tiny_llama_dir, t
         fit(tiny_llama_dir, tmp_path / "file")
 
 
+@pytest.mark.long
 def test_a_vanished_data_file_is_named_and_the_checkpoint_stays(tiny_llama_dir, tmp_path):
     """A stream is opened again for every epoch."""
     rows = tmp_path / "rows.jsonl"
