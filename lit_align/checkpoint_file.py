@@ -26,7 +26,7 @@ from lit_align.sharded_checkpoint import (
     check_sharded_checkpoint,
     find_damage_of_shards,
 )
-from lit_align.unpickling import UNREADABLE_PICKLE
+from lit_align.unpickling import UNREADABLE_PICKLE, check_unpickled
 
 SUFFIX = ".ckpt"
 KEPT = "checkpoints"  # folder of those that a run takes on its way
@@ -134,6 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({damage})")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_unpickled(checkpoint)
     except DAMAGE as error:
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({error})") from error
     if not isinstance(checkpoint, dict) or type(checkpoint.get("global_step")) is not int:

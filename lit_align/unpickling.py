@@ -1,7 +1,20 @@
-"""What comes of reading a pickle that is damaged, or not of `torch.save`, without running it."""
+"""What comes of reading a pickle that is damaged, or not of `torch.save`, without running it.
+
+`weights_only=True` lets nothing run, and yet a file of a kilobyte may stand for more than any
+machine holds: lists that hold one another again and again, tensors that repeat one value.
+"""
+
+from __future__ import annotations
 
 import pickle
 import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_PARTS = 1 << 26  # values and characters that a checkpoint unfolds to
+DEEPEST = 100
 
 # `weights_only=True` lets nothing run, but what it meets in a damaged file it does not catch.
 UNREADABLE_PICKLE: tuple[type[Exception], ...] = (
@@ -18,3 +31,43 @@ UNREADABLE_PICKLE: tuple[type[Exception], ...] = (
     struct.error,
     pickle.UnpicklingError,
 )
+
+
+def check_unpickled(value: Any) -> None:
+    """Refuse what is small only for as long as nobody walks through it, prints or copies it.
+
+    Raises:
+        ValueError: lists that hold themselves, or one another so often that they unfold to more
+            than 67 million values; a tensor that is larger than its storage, or has none.
+    """
+    _count_parts(value, {}, 0)
+
+
+def _count_parts(value: Any, known: dict[int, int], depth: int) -> int:
+    """How many values and characters there are in it, each as often as it would be met."""
+    if isinstance(value, str | bytes | bytearray):
+        return len(value)
+    if isinstance(value, Tensor):
+        _check_tensor(value)
+    inner: list[Any] = []
+    if isinstance(value, dict):
+        inner = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = [*value]
+    if not inner:
+        return 1
+    if depth > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count_parts(each, known, depth + 1) for each in inner)
+        if known[id(value)] > MOST_PARTS:
+            raise ValueError("it unfolds to more values than a checkpoint has")
+    return known[id(value)]
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized:
+        raise ValueError("a tensor that is not dense")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is larger than what it holds")

@@ -9,6 +9,13 @@ from lit_align.errors import TrainingError
 
 Kind = Literal["lora", "adalora"]
 Quantization = Literal["none", "nf4"]
+NONE = type(None)
+TYPES: dict[str, tuple[type, ...]] = {
+    "kind": (str,), "rank": (int,), "alpha": (int, float), "dropout": (int, float),
+    "layers": (list, NONE), "mask": (str, NONE), "quantization": (str,),
+    "initial_rank": (int, NONE), "rank_warmup": (int, float), "rank_final": (int, float),
+    "rank_interval": (int,), "orthogonality": (int, float),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +86,17 @@ class AdapterSettings:
 
     @classmethod
     def of(cls, settings: AdapterSettings | dict[str, Any] | None) -> AdapterSettings | None:
-        """The settings themselves, or made of the dict that a checkpoint holds."""
-        return cls(**settings) if isinstance(settings, dict) else settings
+        """The settings themselves, or made of the dict that a checkpoint holds.
+
+        Raises:
+            TrainingError: the dict has other names, or values of other types.
+        """
+        if not isinstance(settings, dict):
+            return settings
+        for name, value in settings.items():
+            known = TYPES.get(name, ()) if isinstance(name, str) else ()
+            _require(type(value) in known, f"{name!r:.40} is no such setting, or not of its type")
+        return cls(**settings)
 
 
 def _require(holds: bool, message: str) -> None:

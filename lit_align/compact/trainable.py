@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_align.compact.write_through import sync
 from lit_align.errors import TrainingError
+from lit_align.shards import local
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -21,10 +22,11 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's trained entries in, and write them into the weights.
 
     Raises:
-        TrainingError: names or shapes are not those of what trains in this model.
+        TrainingError: names or shapes are not those of what trains in this model, or a value is no
+            finite number.
     """
     trained = dict(trainable(model))
-    if wrong := sorted(set(trained) ^ set(state)):
+    if wrong := sorted(set(trained) ^ set(state), key=str):
         raise TrainingError(
             f"the checkpoint does not hold what trains here: {wrong[0]} and {len(wrong) - 1} more "
             "stand in one of the two alone; was it written with another mask?"
@@ -35,6 +37,8 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{name} is {tuple(state[name].shape)} in the checkpoint and "
                 f"{tuple(parameter.shape)} here"
             )
+        if not state[name].is_floating_point() or not local(state[name]).isfinite().all():
+            raise TrainingError(f"{name} is not all finite numbers in the checkpoint")
     for name, parameter in trained.items():
         parameter.copy_(state[name])
     sync(model)

@@ -33,6 +33,7 @@ from lit_align.modules.checkpointed import CHECKPOINT_KEY, PREFIX, read_checkpoi
 from lit_align.pipelines.rows import Row, RowReader, write_json
 from lit_align.pipelines.settings import DataKind
 from lit_align.pipelines.training import inference_device
+from lit_align.strict_json import check_form
 
 Task: TypeAlias = Literal["multiple_choice", "exact_answer", "preference"]
 TASK_KINDS: dict[Task, DataKind] = {
@@ -44,6 +45,11 @@ TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "multiple_choice": ("choices", "answer_index"),
     "exact_answer": ("final_answer",),
     "preference": (),
+}
+TEXT_OR_NONE = (str, type(None))
+CHECKPOINT = {  # what an export needs of one
+    "hyper_parameters": {"model": str},
+    CHECKPOINT_KEY: {"base_fingerprint": TEXT_OR_NONE, "mask_digest": TEXT_OR_NONE},
 }
 
 
@@ -172,6 +178,12 @@ def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[An
     checkpoint = read_checkpoint(path)
     if CHECKPOINT_KEY not in checkpoint:
         raise TrainingError(f"{path}: not a checkpoint of lit-align")
+    try:
+        check_form(checkpoint, CHECKPOINT)
+        check_form(checkpoint["hyper_parameters"].get("delta"), TEXT_OR_NONE, "delta")
+        check_form(checkpoint[CHECKPOINT_KEY].get("adapter"), (dict, type(None)), "adapter")
+    except ValueError as error:
+        raise TrainingError(f"{path}: not a checkpoint of lit-align: {error}") from error
     identity, state = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"]
     settings = checkpoint["hyper_parameters"]
     trained, tokenizer = load_language_model(model or settings["model"])
@@ -187,12 +199,22 @@ def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[An
     elif identity["mask_digest"] is not None:
         raise TrainingError(f"{path} was trained on a mask: name it with --mask")
     elif identity.get("adapter") is not None:
-        add_adapters(trained, _adapter_settings(settings, identity))
-    load_trainable(trained, {n.removeprefix(PREFIX): t for n, t in state.items()})
+        add_adapters(trained, _adapter_settings(path, checkpoint))
+    load_trainable(trained, {str(n).removeprefix(PREFIX): t for n, t in state.items()})
     return trained, tokenizer
 
 
-def _adapter_settings(settings: dict[str, Any], identity: dict[str, Any]) -> AdapterSettings:
+def _adapter_settings(path: str, checkpoint: dict[str, Any]) -> AdapterSettings:
     """Those of a checkpoint's run, on the layers that they came to."""
-    layers = {"layers": identity["adapter"]["layers"], "mask": None}
-    return AdapterSettings(**settings["adapter"] | layers)
+    layers = {"layers": checkpoint[CHECKPOINT_KEY]["adapter"].get("layers"), "mask": None}
+    given = checkpoint["hyper_parameters"].get("adapter")
+    settings = AdapterSettings.of((given if isinstance(given, dict) else {}) | layers)
+    assert settings is not None
+    sizes = {size for tensor in checkpoint["state_dict"].values() for size in tensor.shape}
+    if settings.start_rank not in sizes:  # else adapters of any size would be made
+        raise TrainingError(f"{path} holds no adapters of rank {settings.start_rank}")
+    try:
+        check_form(settings.layers, [str])
+    except ValueError as error:
+        raise TrainingError(f"{path}: not a checkpoint of lit-align: layers: {error}") from error
+    return settings
