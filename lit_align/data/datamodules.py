@@ -20,6 +20,8 @@ from lit_align.data.token_budget import TokenBudgetSampler
 from lit_align.data.tokenize import RowTokenizer, TrainOn
 from lit_align.errors import DataError
 
+MOST_BATCHES = 2**53  # of an epoch
+
 
 class TextDataModule(ReadingDataModule):
     """What the data modules of all objectives share; use one of its subclasses."""
@@ -50,7 +52,15 @@ class TextDataModule(ReadingDataModule):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the train loader go on from there, the next one where there is none yet."""
+        """Let the train loader go on from there, the next one where there is none yet.
+
+        Raises:
+            DataError: the checkpoint's place in the data is none.
+        """
+        for name in ("num_batches", "epoch") if self.streaming else ("num_batches",):
+            count = state_dict.get(name) if isinstance(state_dict, dict) else None
+            if type(count) is not int or not 0 <= count < MOST_BATCHES:
+                raise DataError(f"the checkpoint's place in the data is none: {name} {count!r:.40}")
         self._streams.resumed = True
         loader = self.trainer.train_dataloader if self.trainer is not None else None
         if isinstance(loader, ResumableDataLoader | StreamingLoader):

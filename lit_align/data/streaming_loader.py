@@ -121,6 +121,8 @@ class RejectedRows:
             keep: go on with the rows that it has: the run is resumed.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():  # somebody left it there: nothing is written through it
+            path.unlink()
         self.path = path
         before = path.read_text("ascii").splitlines() if keep and path.exists() else []
         self._lines = dict.fromkeys(before)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_align.errors import DataError
 from tests.training_runs import instructions
 
 
@@ -44,3 +45,12 @@ def test_batches_are_no_collections_whose_tensors_lightning_would_cast():
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert HalfPrecision("bf16-true").convert_input(batch).token_weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("state", [{}, [], 5, {"num_batches": -1}, {"num_batches": "2"},
+                                   {"num_batches": 2**60}, {"num_batches": True}])  # fmt: skip
+def test_a_place_that_is_none_is_refused(state):
+    data = instructions(4, batch_size=2)
+    data.setup("fit")
+    with pytest.raises(DataError, match="place in the data is none"):
+        data.load_state_dict(state)

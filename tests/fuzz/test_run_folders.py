@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from lit_align.data.bad_rows import BadRow
+from lit_align.data.streaming_loader import RejectedRows
 from lit_align.errors import PipelineError
 from lit_align.pipelines.rows import PAIR, read_json, read_jsonl
 from lit_align.pipelines.stage import Stage, run_stages
@@ -118,3 +120,11 @@ def test_documents_of_another_form(tmp_path, value, place):
     form = {"rows": [{"n": int}], "named": {str: [(int, float)]}}
     with pytest.raises(PipelineError, match=place):
         read_json(tmp_path / "x.json", form)
+
+
+def test_rejected_rows_of_a_stream_are_not_written_through_a_link(tmp_path):
+    (victim := tmp_path / "victim").write_text("mine")
+    (tmp_path / "rejected.jsonl").symlink_to(victim)
+    RejectedRows(tmp_path / "rejected.jsonl", keep=True).add([BadRow("f", 1, "r", "m", {})])
+    assert victim.read_text() == "mine"
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 1
