@@ -29,6 +29,7 @@ from lit_align.claimed_sizes import check_claims
 from lit_align.config_limits import check_config_file
 from lit_align.errors import ModelError
 from lit_align.gguf_alias import ALIAS, alias_dir
+from lit_align.shards import refuse_shards
 from lit_align.stored_tensors import StoredTensor, tensors_of_folder, weight_files
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -226,8 +227,9 @@ def save_language_model(
 
     Raises:
         ModelError: The folder exists and holds something else than a model, or the model has
-            adapters.
+            adapters or is sharded.
     """
+    refuse_shards(model, f"no model at {folder}")
     if hasattr(model, "peft_config"):
         raise ModelError("the model has adapters: merge them (merge_adapters), or save them alone")
     folder = Path(folder)

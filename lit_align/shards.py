@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_align.errors import ModelError
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import scatter_selected_
 
@@ -42,6 +43,19 @@ def whole(tensor: Tensor) -> Tensor:
     detached: Any = tensor.detach()
     gathered: Tensor = detached.full_tensor()
     return gathered
+
+
+def refuse_shards(model: nn.Module, what: str) -> None:
+    """Stop before one process does something with weights of which it holds a part alone.
+
+    Raises:
+        ModelError: the model is sharded; says what to do instead.
+    """
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ModelError(
+            f"{what}: the model is sharded over processes; save a checkpoint of the run, and read "
+            "it on one process: lit-align export --checkpoint FOLDER"
+        )
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ from torch import nn
 from lit_align.compact.change import save_change
 from lit_align.errors import TrainingError
 from lit_align.files import write_atomically
+from lit_align.shards import refuse_shards
 
 
 class KeepMilestones(lightning.Callback):
@@ -50,7 +51,12 @@ class KeepMilestones(lightning.Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Place the milestones."""
+        """Place the milestones.
+
+        Raises:
+            ModelError: the model is sharded.
+        """
+        refuse_shards(pl_module.model, "no milestones are kept")
         total = int(trainer.estimated_stepping_batches)
         self.steps = {f: max(1, math.ceil(f * total - 1e-9)) for f in self.fractions}
 

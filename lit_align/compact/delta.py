@@ -20,6 +20,7 @@ from lit_align.errors import DeltaError, MaskError
 from lit_align.language_model import fingerprint, load_language_model, save_language_model
 from lit_align.localizers.stored import StoredParameters
 from lit_align.masks import ParameterMask, io, named_shapes
+from lit_align.shards import refuse_shards
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.swap_selected import gather_entries, scatter_selected_
 
@@ -121,7 +122,9 @@ def export_delta(model: nn.Module, path: str | Path, mask: ParameterMask | None 
     Raises:
         DeltaError: no mask is known, or a value is NaN or infinite.
         MaskError: the mask belongs to another model.
+        ModelError: the model is sharded.
     """
+    refuse_shards(model, f"no delta at {path}")
     mask = changed_mask(model) if mask is None else mask
     base = getattr(model, "base_fingerprint", None)
     mask.check_matches(base_shapes(model), base)
@@ -199,6 +202,7 @@ def _write(
     model: nn.Module, mask: ParameterMask, values: Iterator[tuple[str, Tensor]], path: str | Path
 ) -> None:
     """Values into weights, and from there into the trainable entries of a restricted model."""
+    refuse_shards(model, f"{path} is not written into it")
     try:
         mask.check_matches(base_shapes(model), getattr(model, "base_fingerprint", None))
     except MaskError as error:

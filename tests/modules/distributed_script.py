@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_align.callbacks import KeyParameterLocalization, LogpsWriter
 from lit_align.compact import AdapterSettings, links, trainable
-from lit_align.modules import MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
+from lit_align.modules import ILAMaskLearning, MaskedDPO, SupervisedFineTuning, TokenWeightedNPO
 from lit_align.shards import local, whole
 from lit_align_kernels.swap_selected import gather_entries
 from tests.training_runs import (
@@ -58,6 +58,19 @@ OBJECTIVES = {
         sft_rows,
     ),
     "npo": (TokenWeightedNPO, {"retain": "nll"}, unlearning, unlearning_rows),
+}
+
+
+class WithTorchsAdamW(SupervisedFineTuning):
+    """Another optimiser than MaskedAdamW: what it makes is written through by a hook."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for _, p in trainable(self.model)], lr=1e-2, eps=1e-3)
+
+
+FURTHER = {
+    "adamw": (WithTorchsAdamW, {}, instructions, sft_rows),
+    "gates": (ILAMaskLearning, {"learning_rate": 100.0}, instructions, sft_rows),
 }
 NUM_ROWS = 9  # in global batches of four: the last one leaves the second rank without a row
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,7 +247,7 @@ def run(
     """Fit and predict; without a mask, one is made from gradient scores; adapters take none.
 
     Args:
-        objective: of `OBJECTIVES`.
+        objective: of `OBJECTIVES` or `FURTHER`.
         model: folder.
         mask: file; "" for gradient scores, "weight_change" for a full fit that makes one, "whole"
             for none.
@@ -254,7 +267,7 @@ def run(
         trainer_settings: further ones.
     """
     folder = Path(out)
-    kind, settings, data, rows = OBJECTIVES[objective]
+    kind, settings, data, rows = (OBJECTIVES | FURTHER)[objective]
     settings = settings | (module_settings or {})
     if "adapter" in settings:
         given = StartingValues()
@@ -281,10 +294,9 @@ def run(
     trained = trainer(
         folder, callbacks=callbacks, logger=log, log_every_n_steps=2, devices=devices,
         num_nodes=world_size // devices, strategy=strategy_of(strategy, world_size), max_epochs=2,
-        gradient_clip_val=1.0,
-        enable_checkpointing=keep, **trainer_settings,
+        enable_checkpointing=keep, **{"gradient_clip_val": 1.0} | trainer_settings,
     )  # fmt: skip
-    module = kind(model, learning_rate=1e-2, eps=1e-3, warmup_ratio=0.0, **settings)
+    module = kind(model, **{"learning_rate": 1e-2, "eps": 1e-3, "warmup_ratio": 0.0} | settings)
     splits = {"validation": rows(5, seed=3), "predict": rows(5, seed=4)}
     batch_size = max(batch // world_size, 1)
     rows_of = data(num_rows, batch_size=batch_size, splits=splits, **(data_settings or {}))

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_align.compact.change import save_change
+from lit_align.language_model import load_language_model
 from lit_align.localizers import random_scores
-from lit_align.masks import named_shapes, select
+from lit_align.localizers.layer_gate import read_scores
+from lit_align.masks import ParameterMask, named_shapes, select
 from tests.modules.distributed_script import OBJECTIVES, run, run_ranks
 from tests.tiny_models import tiny_tokenizer
 from tests.training_runs import (
@@ -108,3 +111,50 @@ def test_shards_end_like_copies(name, on_two):
     assert found["mask"] == like["mask"]
     assert_equal_figures(like, found)
     assert max(figures(on_two / name, r)["numel_here"] for r in (0, 1)) <= 0.51 * found["numel"]
+
+
+FURTHER = {
+    "adamw": {"objective": "adamw"},
+    "gates": {"objective": "gates", "mask": "whole"},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "clipped_by_value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "weight_change": {"mask": "weight_change"},
+}
+
+
+@pytest.fixture(scope="module")
+def further(tiny_llama_dir, tmp_path_factory) -> Path:
+    """Folder of the further runs, on one process and on two."""
+    folder = tmp_path_factory.mktemp("further")
+    random_mask(0.3).save(folder / "mask")
+    model = load_language_model(tiny_llama_dir)[0]
+    g = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=g))
+    change = {"module_settings": {"change": str(save_change(model, folder / "change"))}}
+    shared = {"objective": "sft", "model": str(tiny_llama_dir), "mask": str(folder / "mask")}
+    for ranks in (1, 2):
+        runs = [
+            shared | case | {"out": str(folder / f"{name}-{ranks}")}
+            for name, case in FURTHER.items()
+        ]
+        runs[1] |= change
+        run_ranks(ranks, runs)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", FURTHER)
+def test_further_runs_equal_one_process(case, further):
+    one, two = (further / f"{case}-{ranks}" for ranks in (1, 2))
+    assert_equal_figures(figures(one), figures(two))
+    assert figures(one)["steps"] == figures(two)["steps"]
+    weights = [load_file(run / "weights-0.safetensors") for run in (one, two)]
+    assert_close_weights(*weights, atol=1e-6)
+    if case == "gates":
+        scores = [read_scores(run / "scores.json").layers for run in (one, two)]
+        assert len(set(scores[0].values())) > 1  # they have moved
+        assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+    if case == "weight_change":
+        masks = [ParameterMask.load(run / "mask.safetensors") for run in (one, two)]
+        assert masks[0].digest == masks[1].digest

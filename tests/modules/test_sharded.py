@@ -12,7 +12,10 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from lit_align.errors import TrainingError
+from lit_align.callbacks import KeepMilestones
+from lit_align.compact import apply_delta, export_delta
+from lit_align.errors import ModelError, TrainingError
+from lit_align.language_model import save_language_model
 from lit_align.masks import HeadLayout, ParameterMask, conv1d_row_axes, named_shapes, select
 from lit_align.masks.granularity import Selection
 from lit_align.modules.checkpointed import PREFIX, read_checkpoint
@@ -21,7 +24,7 @@ from lit_align.pipelines.commands import export
 from lit_align.shards import Shard, rows_of_rank
 from lit_align_kernels.swap_selected import gather_entries
 from tests.modules.distributed_script import ROOT, run, run_ranks
-from tests.tiny_models import save_tiny_model, tiny_model
+from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.training_runs import assert_close_weights, assert_equal_figures, assert_equal_weights
 
 # name → (model, granularity of the mask; None: everything trains)
@@ -238,3 +241,19 @@ def test_the_config_runs_on_two_processes(tiny_llama_dir, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert ParameterMask.load(tmp_path / "runs/masked_dpo_fsdp/mask.safetensors").count()
+
+
+def test_what_takes_whole_weights_refuses_a_sharded_model(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    mask = ParameterMask.full(named_shapes(model))
+    export_delta(model, tmp_path / "before.safetensors", mask)
+    monkeypatch.setattr("lit_align.shards.is_sharded", lambda tensor: True)
+    for act in (
+        lambda: export_delta(model, tmp_path / "delta.safetensors", mask),
+        lambda: apply_delta(model, tmp_path / "before.safetensors"),
+        lambda: save_language_model(model, tiny_tokenizer(), tmp_path / "model"),
+        lambda: KeepMilestones().on_train_start(None, SimpleNamespace(model=model)),
+    ):
+        with pytest.raises(ModelError, match=r"sharded over processes.*export --checkpoint"):
+            act()
+    assert [path.name for path in tmp_path.iterdir()] == ["before.safetensors"]

@@ -29,6 +29,8 @@ EXACT = {
     "gradient_heads": {"objective": "dpo", "mask": "", "granularity": "head"},
     "gradient_layers": {"objective": "dpo", "mask": "", "granularity": "layer"},
     "weight_change": {"objective": "sft", "mask": "weight_change"},
+    "torch_adamw": {"objective": "adamw"},
+    "clipped_by_value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
 }
 ROUNDED = {
     "bf16": HALF,
