@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
+from lit_align.checkpoint_content import check_content
 from lit_align.errors import TrainingError
 from lit_align.files import atomic_file, partial_name
 from lit_align.sharded_checkpoint import (
@@ -28,6 +28,7 @@ from lit_align.sharded_checkpoint import (
 )
 from lit_align.unpickling import UNREADABLE_PICKLE, check_unpickled
 
+VERSION = "pytorch-lightning_version"
 SUFFIX = ".ckpt"
 KEPT = "checkpoints"  # folder of those that a run takes on its way
 NEWEST = ("last", "hpc_ckpt_")  # how the names begin that stand for the newest of a folder
@@ -68,7 +69,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        return load_sound(choose_sound(Path(path)))
+        return resumable(load_sound(choose_sound(Path(path))))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint; a kill amid it leaves nothing that looks like one."""
@@ -111,9 +112,19 @@ def load_sound(path: Path) -> dict[str, Any]:
             "ModelParallelStrategy, which takes one process as well"
         )
     checkpoint = _read(path)
-    tensors = checkpoint.get("state_dict")
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise TrainingError(f"{path}: not a checkpoint: its state_dict is none")
+    if "state_dict" not in checkpoint:
+        raise TrainingError(f"{path}: not a checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def resumable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint that says which version of Lightning is to read it.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    if VERSION not in checkpoint:
+        raise TrainingError(f"not a checkpoint of Lightning: it has no {VERSION}")
     return checkpoint
 
 
@@ -133,12 +144,13 @@ def _read(path: Path) -> dict[str, Any]:
     if damage := find_damage(path):
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({damage})")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )
         check_unpickled(checkpoint)
+        check_content(checkpoint)
     except DAMAGE as error:
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({error})") from error
-    if not isinstance(checkpoint, dict) or type(checkpoint.get("global_step")) is not int:
-        raise TrainingError(f"{path}: not a checkpoint: its global_step is none")
     return checkpoint
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_align.compact.state import Link, write_through
 from lit_align.compact.write_through import linked
+from lit_align.errors import TrainingError
 from lit_align.shards import local
 from lit_align_kernels.masked_adamw import AdamWEntry, masked_adamw_
 
@@ -82,8 +83,12 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         torch would cast moments to a 16-bit parameter's dtype, and leave `step` on the checkpoint's
         device, where a kernel cannot read it.
+
+        Raises:
+            TrainingError: it is not the state of these parameters.
         """
         own = [(g["stochastic_rounding"], g["seed"]) for g in self.param_groups]
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
         for group, (rounding, seed) in zip(self.param_groups, own, strict=True):
             # How this run rounds is its own setting; how far it has come is the checkpoint's.
@@ -95,6 +100,18 @@ class MaskedAdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(i, {}).items():
                 restored = torch.as_tensor(value).to(parameter.device, torch.float32, copy=True)
                 self.state[parameter][name] = restored
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        saved = [list(group["params"]) for group in state_dict["param_groups"]]
+        if [len(ids) for ids in saved] != [len(group["params"]) for group in self.param_groups]:
+            raise TrainingError("the optimizer's state is of other parameters than these")
+        ours = [p for group in self.param_groups for p in group["params"]]
+        for i, parameter in zip((i for ids in saved for i in ids), ours, strict=True):
+            state = state_dict["state"].get(i)
+            if state is not None and not _is_state_of(state, parameter):
+                raise TrainingError(
+                    f"the optimizer's state of parameter {i} is not of one of {parameter.shape}"
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters must be fp32, or 16 bits with stochastic rounding."""
@@ -170,3 +187,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             link.weight if link and writes else None,
             link.state.entries if link and writes else None,
         )
+
+
+def _is_state_of(state: Any, parameter: Tensor) -> bool:
+    """Whether these are a step and the moments of a parameter, and finite."""
+    if not isinstance(state, dict) or state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        return False
+    shaped = all(state[name].shape == parameter.shape for name in ("exp_avg", "exp_avg_sq"))
+    finite = all(bool(local(value).isfinite().all()) for value in state.values())
+    return shaped and finite and state["step"].numel() == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_align.checkpoint_file import (
+    VERSION,
     VerifiedCheckpointIO,
     find_damage,
     load_sound,
@@ -15,7 +16,10 @@ from lit_align.checkpoint_file import (
 )
 from lit_align.errors import TrainingError
 
-CONTENT = {"state_dict": {"a": torch.arange(40.0)}, "global_step": 3, "loops": {"x": [1, 2]}}
+CONTENT = {
+    "state_dict": {"a": torch.arange(40.0)}, "global_step": 3, "loops": {"x": [1, 2]},
+    VERSION: "2.6.0",
+}  # fmt: skip
 
 
 @pytest.fixture

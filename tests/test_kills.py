@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.modules.test_distributed import free_port
+from tests.modules.distributed_script import free_port
 from tests.training_runs import assert_close_weights
 
 ROOT = Path(__file__).resolve().parents[1]

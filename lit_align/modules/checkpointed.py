@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lit_align.checkpoint_content import is_count, is_seed
 from lit_align.checkpoint_file import load_sound
 from lit_align.compact import load_trainable, trainable
 from lit_align.compact.adapters import AdapterSettings, adapter_identity
@@ -21,7 +22,7 @@ from lit_align.compact.rank_allocation import (
 )
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
-from lit_align.modules.resuming import begin_at_step, seed_batch
+from lit_align.modules.resuming import begin_at_step, check_place, seed_batch
 from lit_align.modules.sharded_reading import read_whole
 from lit_align.modules.sharded_saving import verify_checkpoints
 from lit_align.shards import local
@@ -126,7 +127,7 @@ class CheckpointedModule(LoggedModule):
             TrainingError: names both.
         """
         self._check_identity(checkpoint)
-        _check_paths(checkpoint)
+        check_place(checkpoint, self.trainer)
         theirs = checkpoint[CHECKPOINT_KEY]
         if allocates_ranks(self.model):
             load_allocation_state(self.model, theirs[RANKS])
@@ -137,7 +138,12 @@ class CheckpointedModule(LoggedModule):
 
     def _check_identity(self, checkpoint: Mapping[str, Any]) -> None:
         theirs = checkpoint.get(CHECKPOINT_KEY)
-        theirs = theirs if isinstance(theirs, dict) else {}
+        if (
+            not isinstance(theirs, dict)
+            or not is_count(theirs.get("seen_tokens", 0))
+            or not is_seed(theirs.get("run_seed"))
+        ):
+            raise TrainingError(f"not a checkpoint of lit-align: of it, it says {theirs!r:.200}")
         for what, value in self._identity().items():
             if theirs.get(what) != value:
                 raise TrainingError(
@@ -152,19 +158,6 @@ class CheckpointedModule(LoggedModule):
             "delta_checksum": self.delta_checksum,
             "adapter": adapter_identity(self.model),
         }
-
-
-def _check_paths(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse names that lead out of a run's folder: Lightning removes what it reads of, in time.
-
-    (It removes what seems to lie in the folder where a run's checkpoints are.)
-    """
-    for state in checkpoint.get("callbacks", {}).values():
-        known = state.get("best_k_models", {}) if isinstance(state, dict) else {}
-        names = [*known, state.get("last_model_path")] if known else []
-        for name in names:
-            if name is not None and (not isinstance(name, str) or ".." in Path(name).parts):
-                raise TrainingError(f"the checkpoint names {name!r:.200} as another, and cannot")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_align.checkpoint_content import check_alike, is_count
+from lit_align.errors import TrainingError
+
 COUNTS = ("ready", "started", "processed", "completed")
 BATCHES = "epoch_loop.batch_progress"
 VALIDATION = "epoch_loop.val_loop.batch_progress"
@@ -108,6 +111,37 @@ def _set_loaders(checkpoint: dict[str, Any], trainer: Any, epoch: int, num_batch
         checkpoint[data.__qualname__] = _moved(checkpoint[data.__qualname__], place)
     if "combined_loader" in state:
         state["combined_loader"] = [_moved(each, place) for each in state["combined_loader"]]
+
+
+def check_place(checkpoint: dict[str, Any], trainer: Any) -> None:
+    """Refuse a checkpoint that does not say where its run stood, as this one's would.
+
+    Raises:
+        TrainingError: says what is wrong with it.
+    """
+    try:
+        loops = dict(checkpoint.get("loops", {}))
+        for name in ("fit_loop", "validate_loop", "test_loop", "predict_loop"):
+            ours, theirs = getattr(trainer, name).state_dict(), dict(loops.get(name) or {})
+            _check_loaders(ours.pop("state_dict"), theirs.pop("state_dict", None), name)
+            check_alike(theirs, ours, name)
+        data = trainer.datamodule
+        if data is not None and (known := checkpoint.get(type(data).__qualname__)) is not None:
+            _check_loaders({}, {"combined_loader": [known]}, type(data).__qualname__)
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"the checkpoint cannot be gone on from: {error}") from error
+
+
+def _check_loaders(ours: Any, theirs: Any, name: str) -> None:
+    """Look at the places in the data; this run's own loaders are not there yet."""
+    loaders = theirs.get("combined_loader", []) if isinstance(theirs, dict) else None
+    if not isinstance(loaders, list) or theirs.keys() - ours.keys() - {"combined_loader"}:
+        raise ValueError(f"{name}.state_dict is {theirs!r:.100}")
+    for state in loaders:
+        if not isinstance(state, dict) or (
+            "num_batches" in state and not all(is_count(value) for value in state.values())
+        ):
+            raise ValueError(f"the place in the data is {state!r:.100}")
 
 
 def _moved(state: Any, place: dict[str, int]) -> Any:

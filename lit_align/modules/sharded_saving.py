@@ -24,6 +24,7 @@ from lit_align.checkpoint_file import (
     load_sound,
     load_sound_rest,
     reason_of,
+    resumable,
 )
 from lit_align.errors import TrainingError
 from lit_align.files import partial_name, sync_folder
@@ -114,7 +115,7 @@ def _load(
 
     def chosen() -> Path:
         path = choose_sound(asked)
-        check(load_sound_rest(path) if path.is_dir() else load_sound(path))
+        check(resumable(load_sound_rest(path) if path.is_dir() else load_sound(path)))
         return path
 
     # One rank reads through all of it: the others would find the same.

@@ -1,6 +1,7 @@
 """What a crafted checkpoint asks Lightning for: settings, and other checkpoints to remove."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from lit_align.callbacks import Checkpointing
 from lit_align.cli import main
-from lit_align.errors import TrainingError
+from lit_align.errors import LitAlignError, TrainingError
 from lit_align.modules import SupervisedFineTuning
 from tests.training_runs import instructions, trainer
 
@@ -61,9 +62,48 @@ def test_nothing_outside_is_removed(outside, checkpoint, tiny_llama_dir, tmp_pat
     def change(content):
         (state,) = content["callbacks"].values()
         state["best_k_models"] = {outside: torch.tensor(0)}
-        state["kth_best_model_path"] = outside
 
     crafted(checkpoint, change)
-    with pytest.raises(TrainingError, match="as another, and cannot"):
+    with pytest.raises(TrainingError, match="best_k_models is"):
         fit(tiny_llama_dir, tmp_path, ckpt_path=checkpoint, max_epochs=2)
     assert victim.read_text() == "precious"
+
+
+# ---- anything anywhere -----------------------------------------------------------------------
+
+ANYTHING = (None, "x", -1, 2**62, [], {}, torch.zeros(3), float("nan"), 1.5, True)
+
+
+def places(value, at=()):
+    """Where values stand in it, as the keys that lead there."""
+    yield at
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*at, key))
+
+
+def changed_somewhere(content, draw):
+    """Leave out a value, or put another in its place."""
+    part = draw.choice([name for name in content if name != "hyper_parameters"])
+    *way, last = draw.choice([at for at in places(content) if at and at[0] == part])
+    for key in way:
+        content = content[key]
+    if draw.random() < 0.3:
+        del content[last]
+    else:
+        content[last] = draw.choice(ANYTHING)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 250), marks=pytest.mark.long)])
+def test_only_our_errors_come_of_resuming(seeds, checkpoint, tiny_llama_dir, tmp_path):
+    good, refused = checkpoint.read_bytes(), 0
+    for seed in seeds:
+        checkpoint.write_bytes(good)
+        crafted(checkpoint, lambda content, s=seed: changed_somewhere(content, random.Random(s)))
+        try:
+            fit(tiny_llama_dir, tmp_path / "out", ckpt_path=checkpoint, max_epochs=2)
+        except LitAlignError:
+            refused += 1
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused > len(seeds) / 3

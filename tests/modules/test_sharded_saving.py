@@ -19,7 +19,7 @@ from lit_align.sharded_checkpoint import (
     file_records,
     write_checksums,
 )
-from tests.modules.test_distributed import free_port
+from tests.modules.distributed_script import free_port
 from tests.test_kills import ends, on_two, started
 from tests.training_runs import assert_close_weights, assert_equal_weights
 
@@ -47,7 +47,7 @@ def saved(tmp_path) -> Path:
     folder = tmp_path / "step=6.ckpt"
     dcp.save({"state_dict": {"a": torch.ones(3)}, "x": 1}, checkpoint_id=folder, no_dist=True)
     (folder / "__1_0.distcp").write_bytes(b"another")
-    torch.save({"global_step": 6}, folder / REST_FILE)
+    torch.save({"global_step": 6, "pytorch-lightning_version": "2.6"}, folder / REST_FILE)
     write_checksums(folder, file_records(folder, [path.name for path in folder.iterdir()]))
     return folder
 
