@@ -31,6 +31,7 @@ from lit_align.files import partial_name, sync_folder
 from lit_align.sharded_checkpoint import METADATA_FILE, REST_FILE, file_records, write_checksums
 from lit_align.unpickling import UNREADABLE_PICKLE
 
+UNREADABLE: tuple[type[BaseException], ...] = (*UNREADABLE_PICKLE, CheckpointException)
 T = TypeVar("T")
 Check = Callable[[Mapping[str, Any]], None]
 
@@ -45,8 +46,10 @@ def verify_checkpoints(strategy: Strategy, check: Check) -> None:
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = VerifiedCheckpointIO()
     if isinstance(strategy, ModelParallelStrategy):
-        ways = {"save_checkpoint": _save, "load_checkpoint": functools.partial(_load, check=check)}
-        vars(strategy).update({n: functools.partial(way, strategy) for n, way in ways.items()})
+        vars(strategy).update(
+            save_checkpoint=functools.partial(_save, strategy),
+            load_checkpoint=functools.partial(_load, strategy, check=check),
+        )
 
 
 def _save(
@@ -120,7 +123,7 @@ def _load(
 
     # One rank reads through all of it: the others would find the same.
     first = strategy.global_rank == 0
-    path = strategy.broadcast(_on_all(asked, "read", lambda: chosen() if first else None))
+    path = strategy.broadcast(_on_all(asked, "read", lambda: chosen() if first else asked))
     theirs = functools.partial(type(strategy).load_checkpoint, strategy)
     return _on_all(path, "read", lambda: theirs(path, weights_only=True))
 
@@ -136,7 +139,7 @@ def _on_all(path: Path, what: str, act: Callable[[], T]) -> T:
         done = act()
     except TrainingError as error:
         failure = str(error)
-    except (*UNREADABLE_PICKLE, CheckpointException) as error:
+    except UNREADABLE as error:
         failure = f"{path}: the checkpoint could not be {what} ({_reason(error)})"
     if failures := [each for each in _gathered(failure) if each is not None]:
         raise TrainingError(failures[0])
