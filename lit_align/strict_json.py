@@ -28,7 +28,7 @@ def parse_json(data: bytes | str) -> Any:
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_object,
+            object_pairs_hook=unique_names,
             parse_int=_integer,
             parse_float=_finite,
             parse_constant=_finite,
@@ -53,7 +53,8 @@ def read_json_file(path: Path) -> Any:
     return parse_json(data)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its names and values; ValueError where a name is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]

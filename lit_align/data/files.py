@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lit_align.data.bad_rows import BadRowError, BadRows
 from lit_align.errors import DataError
 from lit_align.language_model import UNUSABLE
-from lit_align.strict_json import MAX_DEPTH, check_depth, read_json_file
+from lit_align.strict_json import MAX_DEPTH, check_depth, read_json_file, unique_names
 
 if TYPE_CHECKING:
     import datasets
@@ -78,7 +78,7 @@ def _read_json(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, A
 
 def _parse(text: bytes) -> Any:
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique_names)
         if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
             check_depth(value)
         return value

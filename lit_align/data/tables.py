@@ -20,6 +20,8 @@ from lit_align.errors import DataError
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 
 BATCH_ROWS = 256  # read at a time: conversations are long
+MOST_PACKED = 1000  # times a Parquet file's size
+SMALL_BYTES = 1 << 26
 LONGEST_CELL = 2**31 - 1  # Python's own limit, 128 KiB, is less than a long conversation
 # What these columns hold is never plain text, so a cell of a CSV file is JSON.
 JSON_COLUMNS = frozenset(
@@ -41,11 +43,13 @@ def read_parquet(path: Path, bad_rows: BadRows) -> NumberedRows:
     Dates, decimals and bytes become text, so that every row can be written as JSON.
 
     Raises:
-        DataError: the file is no Parquet file, or damaged.
+        DataError: the file is no Parquet file, is damaged, or claims to unpack to more than 1000
+            times its size.
     """
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_claims(path, file.metadata)
             for batch in file.iter_batches(BATCH_ROWS):
                 for row in batch_rows(batch):
                     number += 1
@@ -55,6 +59,17 @@ def read_parquet(path: Path, bad_rows: BadRows) -> NumberedRows:
                         yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged after row {number}, or no Parquet: {error}") from error
+
+
+def _check_claims(path: Path, metadata: pyarrow.parquet.FileMetaData) -> None:
+    """Raise DataError for a file that is made to fill the memory: text packs 100 times at best."""
+    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    unpacked = max(sum(groups), metadata.num_rows)
+    if unpacked > SMALL_BYTES + MOST_PACKED * path.stat().st_size:
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes that claim to be {metadata.num_rows} rows of "
+            f"{unpacked} bytes: not read; write it anew if that is true"
+        )
 
 
 def batch_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | BadRowError]:

@@ -22,6 +22,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 IDENTICAL = "chosen and rejected are identical"
 FP32_MAX = 3.4028234663852886e38
+LONGEST_TEXT = 1 << 24  # characters
 FIRST_ROLES = ("system", "developer")
 
 
@@ -90,6 +91,8 @@ def check_text(text: str, empty: str | None) -> None:
         text: of a row.
         empty: the reason where it is blank; None where it may be.
     """
+    if len(text) > LONGEST_TEXT:  # minutes, and many times its size, to tokenise
+        raise BadRowError("longer than 16 million characters", f"{len(text)}")
     if empty and not text.strip():
         raise BadRowError(empty)
     if found := SURROGATE.search(text):

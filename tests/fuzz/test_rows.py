@@ -7,13 +7,16 @@ import signal
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import pyarrow.parquet
 import pytest
 
 from lit_align import chat_templates
-from lit_align.data import RowTokenizer
+from lit_align.data import RowTokenizer, tables
 from lit_align.data.bad_rows import BadRowError, BadRows
+from lit_align.data.files import read_rows
 from lit_align.data.loading import RowLoader
 from lit_align.data.schema import SFTRow
+from lit_align.data.validate import LONGEST_TEXT
 from lit_align.errors import DataError
 from lit_align.evaluation import encode_prompt
 from lit_align.report import Curves, HeatMap, Histogram, Table, write_report
@@ -126,6 +129,35 @@ def test_rows_nested_too_deep_are_bad_rows_that_can_be_written(tokenizer, tmp_pa
     bad_rows.write(tmp_path)
     with pytest.raises(DataError, match="2 x not JSON"):
         bad_rows.raise_if_any()
+
+
+def test_a_name_that_is_there_twice_is_a_bad_row(tmp_path):
+    """Other readers would take the other one."""
+    text = '{"prompt": "a", "prompt": "b", "completion": "c"}'
+    (tmp_path / "rows.jsonl").write_text(text)
+    bad_rows = BadRows()
+    assert list(read_rows(tmp_path / "rows.jsonl", bad_rows)) == []
+    assert "'prompt' is there twice" in bad_rows.rows[0].message
+    (tmp_path / "rows.json").write_text(f"[{text}]")
+    with pytest.raises(DataError, match="'prompt' is there twice"):
+        list(read_rows(tmp_path / "rows.json", bad_rows))
+
+
+def test_a_row_that_would_take_minutes_to_tokenise(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "x " * (LONGEST_TEXT // 2 + 1), "completion": "y"}))
+    bad_rows = BadRows()
+    assert RowLoader(SFTRow, RowTokenizer(tokenizer)).from_files([path], bad_rows) == []
+    assert bad_rows.rows[0].reason == "longer than 16 million characters"
+
+
+def test_a_parquet_file_that_unpacks_to_more_than_anybody_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "SMALL_BYTES", 1 << 16)
+    table = pyarrow.table({"prompt": ["x" * 2**22]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", compression="zstd")
+    assert (tmp_path / "rows.parquet").stat().st_size < 2000
+    with pytest.raises(DataError, match="claim to be"):
+        list(read_rows(tmp_path / "rows.parquet", BadRows()))
 
 
 class Tags(HTMLParser):
