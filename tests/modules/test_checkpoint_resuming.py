@@ -2,6 +2,7 @@
 
 import lightning
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_align.callbacks import Checkpointing, KeyParameterLocalization
@@ -115,3 +116,39 @@ def test_a_run_killed_behind_its_last_step_has_its_end(limit, tiny_llama_dir, tm
         digests.append(ParameterMask.load(mask).digest)
         mask.unlink()  # as if the kill had come before it was written
     assert digests[0] == digests[1]
+
+
+def tensors(value):
+    """All of them in a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors(each)
+
+
+def test_a_checkpoint_holds_what_trains_and_what_resuming_needs(tiny_llama_dir, tmp_path):
+    """By its keys and its bytes, as plain torch reads it."""
+    callbacks = [KeyParameterLocalization("random"), Checkpointing(every_n_train_steps=1)]
+    run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    module = SupervisedFineTuning(str(tiny_llama_dir), learning_rate=1e-2)
+    run.fit(module, instructions(4, batch_size=2))
+    path = tmp_path / "checkpoints" / "step=2.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {
+        "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks",
+        "optimizer_states", "lr_schedulers", "hparams_name", "hyper_parameters", "SFTDataModule",
+        "lit_align",
+    }  # fmt: skip
+    assert content["lit_align"].keys() == {
+        "base_fingerprint", "mask_digest", "delta_checksum", "adapter", "seen_tokens", "run_seed",
+    }  # fmt: skip
+    selected = module.mask.count()
+    assert sum(t.numel() for t in tensors(content["state_dict"])) == selected
+    state = content["optimizer_states"][0]["state"].values()
+    assert all(each.keys() == {"step", "exp_avg", "exp_avg_sq"} for each in state)
+    moments = sum(each[name].numel() for each in state for name in ("exp_avg", "exp_avg_sq"))
+    assert moments == 2 * selected
+    assert sum(t.numel() for t in tensors(content)) < 3 * selected + 100
+    overhead = path.stat().st_size - 4 * 3 * selected
+    assert overhead < 600 * len(list(tensors(content)))  # zip's records, of 64 bytes aligned
