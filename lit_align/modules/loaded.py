@@ -25,7 +25,7 @@ from lit_align.modules.activation_checkpointing import (
     checkpoint_activations,
 )
 from lit_align.modules.forward import check_head
-from lit_align.modules.parallel import data_parallel_mesh, shard
+from lit_align.modules.parallel import data_parallel_mesh, leave_inference_mode_out, shard
 from lit_align.modules.referenced import Reference, ReferencedModule, check_reference
 from lit_align.modules.shared_prefix import enable_shared_prefix
 from lit_align.shards import is_sharded
@@ -112,6 +112,8 @@ class LoadedModule(ReferencedModule):
 
     def configure_model(self) -> None:
         """Load the model, ask for a mask, restrict; compute reference log-probs on the way."""
+        if data_parallel_mesh(self.trainer) is not None:  # type: ignore[arg-type]
+            leave_inference_mode_out(self.trainer)  # type: ignore[arg-type]
         if self.language_model is not None:
             if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
                 self._attach_reference_logps(self._reference_again)  # rows of another stage

@@ -48,6 +48,17 @@ def data_parallel_mesh(trainer: Trainer) -> DeviceMesh | None:
     return mesh["data_parallel"]
 
 
+def leave_inference_mode_out(trainer: Trainer) -> None:
+    """Let a sharded model be evaluated without gradients, and not in inference mode.
+
+    Its parameters would be gathered there as tensors that nothing can view or train later. (On gloo
+    and under FSDP1 Lightning does so itself.)
+    """
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    for loop in (val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
+
+
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard a model's parameters over the processes of a mesh, in place, and move it there.
 
