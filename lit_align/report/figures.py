@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_align.errors import LocalizationError
+from lit_align.errors import DataError, LocalizationError
 
 BINS_PER_DECADE = 8
 LOWEST_DECADE, HIGHEST_DECADE = -46, 39  # every fp32 number
@@ -160,7 +160,17 @@ def read_metrics_csv(path: Path) -> dict[str, Points]:
 
     Returns:
         Name to (steps, values); empty cells, NaN and infinity are left out.
+
+    Raises:
+        DataError: the file is another one, or damaged.
     """
+    try:
+        return _read_series(path)
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} is no metrics.csv of Lightning's CSVLogger: {error!r}") from error
+
+
+def _read_series(path: Path) -> dict[str, Points]:
     series: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(newline="", encoding="utf-8") as handle:
         for row in csv.DictReader(handle):

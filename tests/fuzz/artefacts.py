@@ -18,6 +18,7 @@ from lit_align.data import RowTokenizer
 from lit_align.data.bad_rows import BadRows
 from lit_align.data.loading import RowLoader
 from lit_align.data.schema import PreferenceRow
+from lit_align.evaluation.conversations import Question
 from lit_align.language_model import fingerprint, load_tokenizer
 from lit_align.localizers.layer_gate import LayerScores, layer_gate_mask, read_scores
 from lit_align.localizers.stored import StoredParameters, parameter_shapes
@@ -26,9 +27,13 @@ from lit_align.masks.convert import ModelNames, mask_of_targets, read_allo, read
 from lit_align.modules import reference_store
 from lit_align.modules.checkpointed import read_checkpoint
 from lit_align.modules.reference_store import ReferenceStore, sequence_digest
+from lit_align.pipelines.generation.answer_file import AnswerFile
+from lit_align.pipelines.generation.questions import AskedQuestion
 from lit_align.pipelines.manifest import load_manifest
+from lit_align.pipelines.rows import PAIR, read_jsonl, write_jsonl
 from lit_align.pipelines.stage import Stage, run_stages
 from lit_align.planning.model_configs import read_config, weightless_model
+from lit_align.report.figures import read_metrics_csv
 from tests.fuzz.mutations import (
     Mutation,
     damaged,
@@ -254,6 +259,32 @@ class Artefacts:
 
     def saved_info(self) -> Artefact:
         return self._saved_rows("dataset_info.json", damaged, other_json)
+
+    def dataset_dict(self) -> Artefact:
+        import datasets
+
+        folder = self.folder / "saved_splits"
+        datasets.DatasetDict(train=datasets.Dataset.from_list([ROW] * 4)).save_to_disk(folder)
+        read = lambda: self._read_rows(folder)  # noqa: E731
+        return Artefact(folder / "dataset_dict.json", read, (damaged, other_json))
+
+    def metrics(self) -> Artefact:
+        path = self.folder / "metrics.csv"
+        path.write_text("epoch,loss,step\n0,0.5,1\n,,2\n0,0.25,3\n")
+        return Artefact(path, lambda: read_metrics_csv(path), (damaged,))
+
+    def stage_rows(self) -> Artefact:
+        path = self.folder / "pairs.jsonl"
+        write_jsonl(path, [{"id": "a", "prompt": "b", "chosen": "c", "rejected": "d"}] * 3)
+        return Artefact(path, lambda: read_jsonl(path, PAIR), (damaged, other_lines))
+
+    def answers(self) -> Artefact:
+        question = Question("1", ("How many?",))
+        path, settings = self.folder / "answers.json", {"name": "x", "seed": 0}
+        asked = [AskedQuestion(question, 1, "How many?", "data", None)]
+        AnswerFile(path, "alpaca_eval", settings, asked).add({0: [["7"]]})
+        read = lambda: AnswerFile(path, "alpaca_eval", settings, asked)  # noqa: E731
+        return Artefact(path, read, (damaged, other_json))
 
 
 KINDS = tuple(name for name in vars(Artefacts) if not name.startswith("_"))

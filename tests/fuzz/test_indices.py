@@ -81,6 +81,7 @@ def test_values_of_deltas(files, name, change):
     check(changed(files / "delta", name, change(load_file(files / "delta")[name] + 1.0)), "delta")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mask", "delta"])
 @pytest.mark.parametrize("field", ["kind", "shape", "name"])
 def test_descriptions(files, kind, field):
