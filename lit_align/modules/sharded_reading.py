@@ -17,6 +17,7 @@ from lit_align.checkpoint_file import load_sound_rest
 from lit_align.errors import TrainingError
 from lit_align.unpickling import UNREADABLE_PICKLE
 
+UNREADABLE: tuple[type[BaseException], ...] = (*UNREADABLE_PICKLE, CheckpointException)
 MODEL = "state_dict."  # of the names of what trains; the optimiser's state stays on the disk
 
 
@@ -32,7 +33,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
         described = reader.read_metadata().state_dict_metadata
         tensors = _room(folder, {n: d for n, d in described.items() if n.startswith(MODEL)})
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (*UNREADABLE_PICKLE, CheckpointException) as error:
+    except UNREADABLE as error:
         raise TrainingError(f"{folder}: not a sharded checkpoint, or damaged: {error}") from error
     if unread := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise TrainingError(f"{folder}: damaged: its shards do not make up {unread[0]}")
