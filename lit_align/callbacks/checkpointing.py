@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -151,6 +152,29 @@ class Checkpointing(ModelCheckpoint):
         asked = any(self._came.values())
         if not on_any_rank(asked or self._is_due(trainer), all=False):
             return
+        self._answer(trainer)
+        if on_any_rank(self._is_due(trainer), all=False):
+            self._save(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Answer the signals that have come: a validation may take longer than the time left.
+
+        On several ranks they wait for its end: one may have a batch more than another.
+        """
+        in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if in_fit and trainer.world_size == 1 and any(self._came.values()):
+            self._answer(trainer)
+
+    def _answer(self, trainer: lightning.Trainer) -> None:
+        on_any_rank = trainer.strategy.reduce_boolean_decision
         # All ranks do the same: which of them the signal reached says nothing.
         came = [number for number in self._came if on_any_rank(self._came[number], all=False)]
         self._came = dict.fromkeys(self._came, False)
@@ -159,8 +183,6 @@ class Checkpointing(ModelCheckpoint):
                 self._theirs[number](number, None)  # saves, and has the job queued again
         if signal.SIGTERM in came:
             self._save_and_end(trainer)
-        if on_any_rank(self._is_due(trainer), all=False):
-            self._save(trainer)
 
     def _is_due(self, trainer: lightning.Trainer) -> bool:
         """Whether a step was taken since the last checkpoint, and it is time."""

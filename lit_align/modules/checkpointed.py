@@ -50,9 +50,12 @@ class CheckpointedModule(LoggedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers depend on the place alone, so that a resumed run draws the same."""
+        seed_batch(self._seed(), self.current_epoch, batch_idx, self.global_rank)
+
+    def _seed(self) -> int:
         if self.run_seed is None:
             self.run_seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        seed_batch(self.run_seed, self.current_epoch, batch_idx, self.global_rank)
+        return self.run_seed
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the log where it is due; after a step a new accumulation window begins."""
@@ -102,7 +105,7 @@ class CheckpointedModule(LoggedModule):
         moved = begin_at_step(checkpoint, self.trainer)  # what came since will come again
         done = self._counted_at_step if moved else self.throughput
         seen_tokens = done.seen_tokens + done.tokens_since_log(self.device)
-        kept = {"seen_tokens": seen_tokens, "run_seed": self.run_seed}
+        kept = {"seen_tokens": seen_tokens, "run_seed": self._seed()}
         checkpoint[CHECKPOINT_KEY] = self._identity() | kept
         if allocates_ranks(self.model):
             checkpoint[CHECKPOINT_KEY][RANKS] = allocation_state(self.model)

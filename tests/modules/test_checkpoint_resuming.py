@@ -1,5 +1,8 @@
 """A checkpoint taken at any moment, by any callback, resumes exactly."""
 
+import os
+import signal
+
 import lightning
 import pytest
 import torch
@@ -33,11 +36,15 @@ class SaveAlways(lightning.Callback):
         run.save_checkpoint(self.folder / f"{hook}-{place}.ckpt")
 
 
-HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_train_batch_end", "on_validation_end")
+HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_train_batch_end",
+    "on_validation_batch_end", "on_validation_end",
+)  # fmt: skip
 
 
 def fit(model, folder, *callbacks, ckpt_path=None, adapter=None, **settings):
     """Seven batches an epoch, in windows of three; validation amid a window."""
+    torch.manual_seed(0)
     log = MemoryLogger()
     module = SupervisedFineTuning(str(model), learning_rate=1e-2, adapter=adapter)
     run = trainer(
@@ -77,6 +84,32 @@ def test_from_any_moment(name, whole, tiny_llama_dir, dropout, tmp_path):
     steps = len(again.values("loss"))
     assert steps == 0 or again.values("loss") == log.values("loss")[-steps:]
     assert steps == 0 or again.values("num_tokens") == log.values("num_tokens")[-steps:]
+
+
+class TermInValidation(lightning.Callback):
+    """SIGTERM at its first batch; counts how many there are."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_validation_batch_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.count += 1
+            if self.count == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.long
+def test_sigterm_does_not_wait_for_the_end_of_validation(whole, tiny_llama_dir, dropout, tmp_path):
+    _, expected, _ = whole
+    term, saving = TermInValidation(), Checkpointing(minutes=60)
+    settings = {"adapter": dropout, "enable_checkpointing": True}
+    with pytest.raises(SystemExit):
+        fit(tiny_llama_dir, tmp_path, term, saving, **settings)
+    assert term.count == 1
+    saving = Checkpointing(minutes=60)
+    resumed, _ = fit(tiny_llama_dir, tmp_path, saving, ckpt_path="last", **settings)
+    assert_equal_weights(expected, resumed)
 
 
 @pytest.mark.long
