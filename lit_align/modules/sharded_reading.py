@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lit_align.checkpoint_file import load_sound_rest
 from lit_align.errors import TrainingError
+from lit_align.modules.sharded_saving import reason_on_ranks
 from lit_align.unpickling import UNREADABLE_PICKLE
 
 UNREADABLE: tuple[type[BaseException], ...] = (*UNREADABLE_PICKLE, CheckpointException)
@@ -34,7 +35,8 @@ def read_whole(folder: Path) -> dict[str, Any]:
         tensors = _room(folder, {n: d for n, d in described.items() if n.startswith(MODEL)})
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except UNREADABLE as error:
-        raise TrainingError(f"{folder}: not a sharded checkpoint, or damaged: {error}") from error
+        reason = reason_on_ranks(error)
+        raise TrainingError(f"{folder}: not a sharded checkpoint, or damaged: {reason}") from error
     if unread := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise TrainingError(f"{folder}: damaged: its shards do not make up {unread[0]}")
     rank_zero_info(f"{folder}: {len(tensors)} tensors put together from their shards")

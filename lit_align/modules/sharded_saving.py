@@ -140,7 +140,7 @@ def _on_all(path: Path, what: str, act: Callable[[], T]) -> T:
     except TrainingError as error:
         failure = str(error)
     except UNREADABLE as error:
-        failure = f"{path}: the checkpoint could not be {what} ({_reason(error)})"
+        failure = f"{path}: the checkpoint could not be {what} ({reason_on_ranks(error)})"
     if failures := [each for each in _gathered(failure) if each is not None]:
         raise TrainingError(failures[0])
     return cast(T, done)
@@ -153,7 +153,8 @@ def _gathered(value: T) -> list[T]:
     return values
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # of all ranks' errors the first
+def reason_on_ranks(error: BaseException) -> str:
+    """In a line, what an error is about; of all ranks' errors the first."""
+    if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return reason_of(error)
