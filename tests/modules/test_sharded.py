@@ -226,21 +226,30 @@ def test_a_checkpoint_of_two_processes_is_exported_by_one(runs, on_two, tmp_path
 
 @pytest.mark.long
 def test_the_config_runs_on_two_processes(tiny_llama_dir, tmp_path):
-    """Started as a user does: Lightning makes the second process."""
+    """Started as a user does: Lightning makes the second process. One then validates."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     given = {
-        "model.init_args.model": tiny_llama_dir, "trainer.accelerator": "cpu", "trainer.devices": 2,
-        "trainer.strategy.init_args.data_parallel_size": 2, "trainer.precision": "32-true",
-        "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 1,
+        "model.init_args.model": tiny_llama_dir, "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true", "trainer.limit_train_batches": 2,
+        "trainer.limit_val_batches": 1,
     }  # fmt: skip
-    command = [sys.executable, "-m", "lit_align.cli", "fit", "--config"]
-    command += ["configs/masked_dpo_fsdp.yaml", *(f"--{name}={v}" for name, v in given.items())]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+
+    def start(verb: str, ranks: int, **more: str) -> str:
+        own = {"trainer.devices": ranks, "trainer.strategy.init_args.data_parallel_size": ranks}
+        options = [f"--{name}={value}" for name, value in (given | own | more).items()]
+        command = [sys.executable, "-m", "lit_align.cli", verb]
+        done = subprocess.run(
+            [*command, "--config", "configs/masked_dpo_fsdp.yaml", *options],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    start("fit", 2)
     assert ParameterMask.load(tmp_path / "runs/masked_dpo_fsdp/mask.safetensors").count()
+    (kept,) = {path.parent for path in tmp_path.rglob("meta.pt")}
+    assert "eval_loss" in start("validate", 1, ckpt_path=str(kept))
 
 
 def test_what_takes_whole_weights_refuses_a_sharded_model(tmp_path, monkeypatch):
