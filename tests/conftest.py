@@ -1,5 +1,6 @@
 import gc
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make no network call
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,3 +61,23 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk("600k")`: a disk of that size, in a folder that is the same at every call."""
+    if os.name == "nt" or os.geteuid() != 0:
+        pytest.skip("a small disk can only be mounted by root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resized(options: str) -> Path:
+        remount = ["-o", f"remount,{options}"] if folder.is_mount() else ["-o", options]
+        mounted = subprocess.run(["mount", "-t", "tmpfs", *remount, "tmpfs", str(folder)])
+        if mounted.returncode:
+            pytest.skip("no disk can be mounted here")
+        return folder
+
+    yield resized
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)

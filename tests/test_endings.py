@@ -70,26 +70,6 @@ def commands(tmp_path_factory):
     running.script.wait(timeout=60)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """`disk("600k")`: a disk of that size, in a folder that is the same at every call."""
-    if os.name == "nt" or os.geteuid() != 0:
-        pytest.skip("a small disk can only be mounted by root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def resized(options: str) -> Path:
-        remount = ["-o", f"remount,{options}"] if folder.is_mount() else ["-o", options]
-        mounted = subprocess.run(["mount", "-t", "tmpfs", *remount, "tmpfs", str(folder)])
-        if mounted.returncode:
-            pytest.skip("no disk can be mounted here")
-        return folder
-
-    yield resized
-    if folder.is_mount():
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def fit(model: Path, folder: Path, *more: str) -> list[str]:
     return [*FIT, f"--model.init_args.model={model}", f"--trainer.default_root_dir={folder}", *more]
 

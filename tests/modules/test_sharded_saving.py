@@ -131,3 +131,21 @@ def test_two_sharded_ranks_killed_end_like_one_that_was_not(whole, tiny_llama_di
     assert_equal_weights(final, expected)
     ends(started(tiny_llama_dir, [{"out": str(tmp_path / "one")}]))
     assert_close_weights(load_file(tmp_path / "one" / "final.safetensors"), final, atol=1e-6)
+
+
+@pytest.mark.long
+def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(whole, disk, tiny_llama_dir):
+    """Room for one checkpoint: the second is given up on both ranks, whoever had no room."""
+    size = sum(p.stat().st_size for p in (whole / "checkpoints" / "step=5.ckpt").iterdir())
+    folder = disk(f"size={round(1.7 * size)}")
+    found, said = sharded(tiny_llama_dir, folder, {})
+    assert found == [["status 1"], ["status 1"]]
+    message = r"step=2\.ckpt: the checkpoint could not be written; the ones before it are as they"
+    assert len(re.findall(rf"TrainingError: .*{message}", said)) == 2, said[-3000:]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step=1.ckpt"]
+    assert find_damage(folder / "checkpoints" / "step=1.ckpt") is None
+    disk("size=4m")
+    found, said = sharded(tiny_llama_dir, folder, {})
+    assert found == [["status 0"], ["status 0"]], said[-3000:]
+    final, expected = (load_file(f / "final.safetensors") for f in (folder, whole))
+    assert_equal_weights(final, expected)
