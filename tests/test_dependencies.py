@@ -43,6 +43,21 @@ def test_what_is_missing_is_named(audit):
     assert "nobody asks for" in fault
 
 
+def test_a_dependency_without_a_reason_fails_the_audit(audit, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert text.count("dependencies = [\n") == 1
+    new = text.replace("dependencies = [\n", 'dependencies = [\n    "left-pad>=1",\n')
+    (tmp_path / "pyproject.toml").write_text(new, encoding="utf-8")
+    monkeypatch.setattr(audit, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["audit.py"])
+    with pytest.raises(SystemExit, match="1"):
+        audit.main()
+    assert "left-pad (run) has no line in DEPENDENCIES.md" in capsys.readouterr().out
+    (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="0"):
+        audit.main()
+
+
 def test_the_pinned_releases_are_of_dependencies(audit):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {audit.canonical(re.split(r"[=<>]", line)[0]) for line in lines if "==" in line}

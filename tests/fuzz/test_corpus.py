@@ -1,6 +1,7 @@
 """Damaged and forged files of every kind: nothing but lit-align's own errors comes out."""
 
 import random
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.fuzz.artefacts import KINDS, Artefacts
 IN_SHORT = 14  # files of a kind
 SLOW = {"tokenizer", "tokenizer_config", "model_config", "planned_config"}
 IN_LONG = 2000
+LONGEST_SECONDS = 20.0  # for one file, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,7 @@ def spoil_and_read(artefact, kind: str, count: int) -> int:
         mutation = artefact.mutations[seed % len(artefact.mutations)]
         bad = mutation(good, source)
         artefact.path.write_bytes(bad)
+        begun = time.perf_counter()
         try:
             artefact.read()
         except LitAlignError as error:
@@ -35,6 +38,8 @@ def spoil_and_read(artefact, kind: str, count: int) -> int:
             where.write_bytes(bad)
             error.add_note(f"{kind}, seed {seed}, {mutation.__name__}: {where}")
             raise
+        took = time.perf_counter() - begun
+        assert took < LONGEST_SECONDS, (kind, seed, mutation.__name__, took)
     artefact.path.write_bytes(good)
     artefact.read()
     return refused
