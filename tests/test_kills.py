@@ -127,3 +127,19 @@ def test_two_ranks_killed_end_like_one_process(tiny_llama_dir, tmp_path):
     ends(started(tiny_llama_dir, [{"out": str(tmp_path / "one")}]))
     one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))
     assert_close_weights(one, two, atol=1e-6)
+
+
+@pytest.mark.long
+def test_a_full_disk_is_an_error_of_both_ranks(disk, tiny_llama_dir, tmp_path):
+    """The one that does not write would wait for the other."""
+    on_two(tiny_llama_dir, [{"out": str(tmp_path / "whole"), "port": free_port()}])
+    size = (tmp_path / "whole" / "checkpoints" / "step=6.ckpt").stat().st_size
+    folder = disk(f"size={round(1.7 * size)}")
+    found, said = on_two(tiny_llama_dir, [{"out": str(folder), "port": free_port()}])
+    assert found == [["status 1"], ["status 1"]]
+    message = r"step=2\.ckpt: the checkpoint could not be written \(No space left on device\)"
+    assert len(re.findall(rf"^\S*TrainingError: .*{message}", said, re.M)) == 2, said[-3000:]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step=1.ckpt"]
+    disk("size=4m")
+    assert on_two(tiny_llama_dir, [{"out": str(folder), "port": free_port()}])[0][0] == ["status 0"]
+    assert final(folder) == final(tmp_path / "whole")

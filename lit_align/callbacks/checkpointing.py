@@ -79,8 +79,14 @@ class Checkpointing(ModelCheckpoint):
             TrainingError: another run works in it, or it cannot be written to.
         """
         self.dirpath = str(self._folder(trainer))
+        problem = None
         if stage == "fit" and trainer.is_global_zero:
-            self._take_folder(Path(trainer.default_root_dir).absolute(), Path(self.dirpath))
+            try:
+                self._take_folder(Path(trainer.default_root_dir).absolute(), Path(self.dirpath))
+            except TrainingError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):  # the others would wait for the first
+            raise TrainingError(problem)
         super().setup(trainer, pl_module, stage)
 
     def _take_folder(self, root: Path, checkpoints: Path) -> None:

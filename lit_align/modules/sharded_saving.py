@@ -1,7 +1,8 @@
-"""Sharded checkpoints of ModelParallelStrategy, written whole or not at all and verified when read.
+"""Checkpoints of several ranks, written whole or not at all and verified when read.
 
-Every rank writes its shards into a folder of a temporary name and takes their checksums; the first
-one lists these and gives the folder its name. Whatever fails on one rank is an error on all.
+In shards (ModelParallelStrategy) every rank writes its own into a folder of a temporary name and
+takes their checksums; the first one lists these and gives the folder its name. Whatever fails on
+one rank is an error on all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align.checkpoint_file import (
@@ -50,6 +51,8 @@ def verify_checkpoints(strategy: Strategy, check: Check) -> None:
             save_checkpoint=functools.partial(_save, strategy),
             load_checkpoint=functools.partial(_load, strategy, check=check),
         )
+    elif isinstance(strategy, ParallelStrategy):
+        vars(strategy).update(save_checkpoint=functools.partial(_save_by_one, strategy))
 
 
 def _save(
@@ -63,9 +66,9 @@ def _save(
     Raises:
         TrainingError: it cannot be written; what stood there before still does.
     """
-    theirs = functools.partial(type(strategy).save_checkpoint, strategy, checkpoint)
     if storage_options is not None or not strategy._save_distributed_checkpoint:
-        return theirs(filepath, storage_options)
+        return _save_by_one(strategy, checkpoint, filepath, storage_options)
+    theirs = functools.partial(type(strategy).save_checkpoint, strategy, checkpoint)
     path = Path(strategy.broadcast(filepath))
     partial = partial_name(path, strategy.broadcast(os.getpid()))
     first = strategy.global_rank == 0
@@ -81,6 +84,18 @@ def _save(
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_by_one(
+    strategy: ParallelStrategy, checkpoint: Any, filepath: Any, storage_options: Any = None
+) -> None:
+    """Write a checkpoint by the first rank.
+
+    Raises:
+        TrainingError: it cannot; the others would wait for it.
+    """
+    theirs = functools.partial(type(strategy).save_checkpoint, strategy, checkpoint)
+    _on_all(Path(filepath), "written", lambda: theirs(filepath, storage_options))
 
 
 def _own_records(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
