@@ -45,6 +45,19 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def part_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another of its shape; itself where that one is whole."""
+    if isinstance(value, DTensor) or not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    mesh = like.device_mesh
+    first, last = rows_of_rank(len(value), mesh.get_local_rank(), mesh.size())
+    own = value[first:last].to(like.device)
+    part: Tensor = DTensor.from_local(
+        own, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return part
+
+
 def refuse_shards(model: nn.Module, what: str) -> None:
     """Stop before one process does something with weights of which it holds a part alone.
 

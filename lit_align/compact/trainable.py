@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_align.compact.write_through import sync
 from lit_align.errors import TrainingError
-from lit_align.shards import local
+from lit_align.shards import local, part_like
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -20,6 +20,8 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's trained entries in, and write them into the weights.
+
+    Of a sharded model every process has to call this, with its shards or with whole tensors.
 
     Raises:
         TrainingError: names or shapes are not those of what trains in this model, or a value is no
@@ -40,5 +42,5 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if not state[name].is_floating_point() or not local(state[name]).isfinite().all():
             raise TrainingError(f"{name} is not all finite numbers in the checkpoint")
     for name, parameter in trained.items():
-        parameter.copy_(state[name])
+        parameter.copy_(part_like(state[name], parameter))
     sync(model)

@@ -30,6 +30,7 @@ from lit_align.checkpoint_file import (
 from lit_align.errors import TrainingError
 from lit_align.files import partial_name, sync_folder
 from lit_align.sharded_checkpoint import METADATA_FILE, REST_FILE, file_records, write_checksums
+from lit_align.shards import part_like
 from lit_align.unpickling import UNREADABLE_PICKLE
 
 UNREADABLE: tuple[type[BaseException], ...] = (*UNREADABLE_PICKLE, CheckpointException)
@@ -140,7 +141,26 @@ def _load(
     first = strategy.global_rank == 0
     path = strategy.broadcast(_on_all(asked, "read", lambda: chosen() if first else asked))
     theirs = functools.partial(type(strategy).load_checkpoint, strategy)
+    if path.is_file():  # of one process, or of save_distributed_checkpoint: false
+        return _on_all(path, "read", lambda: _take_in(strategy, load_sound(path)))
     return _on_all(path, "read", lambda: theirs(path, weights_only=True))
+
+
+def _take_in(strategy: ModelParallelStrategy, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Load an ordinary checkpoint; of each tensor every rank takes its part."""
+    assert strategy.lightning_module is not None
+    strategy.lightning_module.load_state_dict(checkpoint["state_dict"])
+    states = checkpoint.get("optimizer_states", ())
+    for optimizer, state in zip(strategy.optimizers, states, strict=False):
+        ours = [p for group in optimizer.param_groups for p in group["params"]]
+        saved = [i for group in state["param_groups"] for i in group["params"]]
+        parts = {
+            i: {name: part_like(value, p) for name, value in state["state"][i].items()}
+            for i, p in zip(saved, ours, strict=True)
+            if i in state["state"]
+        }
+        optimizer.load_state_dict(state | {"state": parts})
+    return checkpoint
 
 
 def _on_all(path: Path, what: str, act: Callable[[], T]) -> T:

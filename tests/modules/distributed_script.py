@@ -226,6 +226,8 @@ def moments_here(trained: Trainer) -> int:
 def strategy_of(kind: str, world_size: int):
     if kind == "sharded":
         return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    if kind == "one_file":
+        return ModelParallelStrategy(world_size, 1, save_distributed_checkpoint=False)
     if kind == "default_mesh":
         return ModelParallelStrategy()
     return "ddp" if world_size > 1 else "auto"
@@ -259,7 +261,8 @@ def run(
             for none.
         out: folder of what comes out.
         world_size: number of ranks.
-        strategy: ddp, sharded or default_mesh; of one rank, `ddp` is none at all.
+        strategy: ddp, sharded, one_file (sharded, its checkpoints not) or default_mesh; of one
+            rank, `ddp` is none at all.
         verb: fit (and predict), validate or predict.
         batch: rows of a global batch.
         ckpt_path: to go on from.

@@ -200,6 +200,27 @@ def test_a_checkpoint_of_two_processes_resumes(ranks, runs, on_two, tmp_path):
 
 
 @pytest.mark.long
+def test_a_checkpoint_in_one_file_resumes_in_shards(runs, on_two, tmp_path):
+    """That of one process, and one that a strategy gathers from its shards."""
+    run(
+        **runs["elements"] | {"strategy": "ddp", "keep": True},
+        out=str(tmp_path / "1"),
+        world_size=1,
+    )
+    gathered = {"strategy": "one_file", "keep": True, "out": str(tmp_path / "3")}
+    again = [
+        {"ckpt_path": str(tmp_path / n / "step=3.ckpt"), "out": str(tmp_path / f"{n}-again")}
+        for n in "13"
+    ]
+    run_ranks(3, [runs["elements"] | each for each in (gathered, *again)])
+    uninterrupted = load_file(on_two / "elements" / "weights-0.safetensors")
+    for each in again:
+        assert Path(each["ckpt_path"]).is_file()
+        resumed = load_file(Path(each["out"]) / "weights-0.safetensors")
+        assert_close_weights(resumed, uninterrupted, atol=1e-6)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_of_two_processes_is_evaluated(ranks, runs, on_two, tmp_path):
     shared = runs["elements"] | {"ckpt_path": str(on_two / "kept" / "step=4.ckpt"), "batch": ranks}
