@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
     Raises:
         DataError: The prompt is empty, or a special token stands as text in it; chat messages for
-            a tokenizer without a chat template, or with one that refuses them.
+            a tokenizer without a chat template, or with one that refuses them; what is neither
+            text nor messages nor token ids of the vocabulary.
     """
     if isinstance(prompt, str):
         _refuse_special_tokens(tokenizer, prompt)
@@ -76,16 +78,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     elif prompt and isinstance(prompt[0], Mapping):
         messages: Any = list(prompt)
         for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+                raise DataError(f"a prompt holds what is no message: {message!r:.80}")
             _refuse_special_tokens(tokenizer, message["content"])
         if tokenizer.chat_template is None:
             raise DataError("a prompt of chat messages needs a tokenizer with a chat template")
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = list(prompt)
+        ids = [_known_id(tokenizer, token) for token in prompt]
     if not ids:
         raise DataError("a prompt is empty")
     return ids
+
+
+def _known_id(tokenizer: PreTrainedTokenizerBase, token: Any) -> int:
+    is_id = isinstance(token, Integral) and not isinstance(token, bool)
+    if not is_id or not 0 <= token < len(tokenizer):
+        raise DataError(f"a prompt holds {token!r:.80}, which is no token id of the vocabulary")
+    return int(token)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:

@@ -101,6 +101,16 @@ def test_a_templates_error_is_ours_where_a_model_is_asked(tokenizer):
         encode_prompt(broken, [{"role": "user", "content": "hello"}])
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [["rows"], [1, True], [1.5], [-1], [10**9], [None], [{"role": "user"}],
+     [{"content": 5}], [{"content": "x"}, "y"], [[1]]],
+)  # fmt: skip
+def test_what_is_no_prompt_is_not_given_to_a_model(tokenizer, prompt):
+    with pytest.raises(DataError, match="a prompt holds"):
+        encode_prompt(tokenizer, prompt)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_row_is_text_where_a_model_is_asked(tokenizer, text):
     ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
