@@ -46,7 +46,7 @@ def main(model: str, folder: Path, kills: int) -> None:
     seconds = time.perf_counter() - began
     for _ in range(kills):
         child = start(model, folder / "killed")
-        time.sleep(random.uniform(0.5, 0.9) / kills * seconds)
+        time.sleep(random.uniform(0.3, 0.6) / kills * seconds)  # a busy machine may be free now
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if status != signal.SIGKILL:
