@@ -40,6 +40,8 @@ def begin_at_step(checkpoint: dict[str, Any], trainer: Any) -> bool:
     between = epochs["total"]["completed"] == epochs["total"]["ready"]
     if ready == 0 or (between and trainer.fit_loop.done):
         return False  # before the first batch, or after the last
+    if epochs["total"]["ready"] > epochs["total"]["started"]:
+        epoch -= 1  # an epoch is about to start: the counters are still those of the one before
     stepped = loop[OPTIMIZER]["optimizer"]["step"]["current"]["completed"]  # in this epoch
     place = min(ready, stepped * trainer.accumulate_grad_batches)  # the last window may be shorter
     before = loop[BATCHES]["total"]["ready"] - ready

@@ -37,8 +37,8 @@ class SaveAlways(lightning.Callback):
 
 
 HOOKS = (
-    "on_train_batch_start", "on_before_zero_grad", "on_train_batch_end",
-    "on_validation_batch_end", "on_validation_end",
+    "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad", "on_train_batch_end",
+    "on_validation_batch_end", "on_validation_end", "on_train_epoch_end",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def whole(tiny_llama_dir, dropout, tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     ["on_train_batch_end-0-5", "on_validation_end-0-5", "on_train_batch_end-0-7",
-     "on_train_batch_end-1-7"],
+     "on_train_epoch_start-1-7", "on_train_batch_end-1-7"],
 )  # fmt: skip
 def test_from_any_moment(name, whole, tiny_llama_dir, dropout, tmp_path):
     folder, expected, log = whole
