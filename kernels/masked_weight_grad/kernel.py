@@ -4,6 +4,9 @@ A program owns one tile of the product, and the grid is the list of tiles that h
 entry. Whatever the mask, both factors are read 16 bytes at a time: rows that come in aligned runs
 (heads, blocks of rows) are gathered as they lie, other rows are packed into a narrower `a` first,
 and so is a factor whose rows do not start at multiples of 16 bytes.
+
+Whole weights and whole rows are plain products of (packed) factors, and on NVIDIA's GPUs cuBLAS
+does those, with sums in fp32: it is there 1.3 to 2 times as fast as the kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_align_kernels.entries import Entries
-from lit_align_kernels.masked_weight_grad.tiles import RUN, TILINGS, Arithmetic, Tiling, plan
+from lit_align_kernels.masked_weight_grad.tiles import (
+    RUN,
+    TILINGS,
+    Arithmetic,
+    Tiling,
+    packed_rows,
+    plan,
+)
+from lit_align_kernels.products import fp32_product_by_eights
 
 # Row strides and lengths reach the kernel in units of 8 elements (16 bytes of bf16 and fp16), so
 # that the compiler sees that rows begin at multiples of 16 bytes.
@@ -166,6 +177,12 @@ def masked_weight_grad(
         return
     if entries.kind == "rows" and entries.axis == 1:  # the columns of W are the rows of Wᵀ
         a, b = b, a
+    if tilings is None and entries.kind != "elements" and _cublas_is_here(a):
+        if entries.kind == "rows":
+            a = a.index_select(1, packed_rows(entries))
+        rows = entries.numel // b.shape[1]
+        fp32_product_by_eights(out.view(rows, b.shape[1]), a[:, :rows], b, accumulate)
+        return
     work = arithmetic(a.dtype)
     tilings = tilings or TILINGS[target_of(a.device)][work]
     p = plan(entries, tilings, _processors(a.device), a.device)
@@ -205,6 +222,10 @@ def masked_weight_grad(
             num_warps=p.tiling.warps,
             num_stages=p.tiling.stages,
         )
+
+
+def _cublas_is_here(a: Tensor) -> bool:
+    return a.device.type == "cuda" and torch.version.hip is None
 
 
 def arithmetic(dtype: torch.dtype) -> Arithmetic:

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from lit_align_kernels.entries import Entries
 from lit_align_kernels.masked_weight_grad import masked_weight_grad
-from lit_align_kernels.products import add_product, write_product
+from lit_align_kernels.products import (
+    add_product,
+    write_by_eights,
+    write_product,
+    write_sum_by_eights,
+)
 from lit_align_kernels.token_logprobs.head import WeightHandle
 
 # Vocabulary entries in one product on a CPU: small temporaries, and yet few waits for threads.
@@ -79,7 +84,8 @@ class Chunks:
         """The head's product for tokens [start, stop), bias included; valid until the next call."""
         hidden = self.hidden[start:stop]
         if self.triton:
-            logits = torch.mm(hidden, self.weight.t(), out=self._rows_of_buffer(stop - start))
+            logits = self._rows_of_buffer(stop - start)
+            write_by_eights(logits, hidden, self.weight.t())
         elif hidden.dtype == torch.float32:
             logits = self._fp32_logits(hidden, self._rows_of_buffer(stop - start))
         else:
@@ -129,7 +135,8 @@ class Gradients:
             self._bias += d_logits.sum(0, dtype=torch.float32)
         d_logits = d_logits.to(chunks.hidden.dtype)
         if self.hidden is not None:
-            write_product(self.hidden[start:stop], d_logits, chunks.weight)
+            write = write_sum_by_eights if chunks.triton else write_product
+            write(self.hidden[start:stop], d_logits, chunks.weight)
         if self._weight is not None:
             self._add_weight(self._weight, d_logits, chunks.hidden[start:stop])
         self._seen = True
