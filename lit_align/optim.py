@@ -69,12 +69,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.grad_scale: Tensor | None = None
         super().__init__(params, defaults)
         self._links: dict[int, Link] | None = None
+        self._noted: dict[int, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; the links to the weights are looked up again."""
         super().__setstate__(state)
         self.grad_scale = None
         self._links = None
+        self._noted = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; all state stands on its parameter's device, in fp32.
@@ -124,6 +126,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._links = linked(self)
         for number, group in enumerate(self.param_groups):
             batch = [self._entry(p) for p in group["params"] if p.grad is not None]
+            if batch:
+                batch[0].noted = self._noted.get(number)
             masked_adamw_(
                 batch,
                 lr=group["lr"],
@@ -134,6 +138,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 grad_scale=self.grad_scale,
                 stochastic_rounding_seed=self._rounding_seed(group, number),
             )
+            if batch:
+                self._noted[number] = batch[0].noted
             group["rounds"] += 1
         self.grad_scale = None
         return loss

@@ -28,8 +28,7 @@ from lit_align_kernels.selected_positions import (
 )
 from lit_align_kernels.swap_selected.reference import Operation
 
-TILE = 512  # words of a bitmap in one step
-NUM_WARPS = 4
+TILE = 512  # words of a bitmap in one step, and half of it for small blocks
 
 VALUES = tl.constexpr(OWN.value)
 
@@ -121,7 +120,7 @@ def launch(
         table = launch_tables.parameter_table(rows, device)
         with launch_tables.on_device_of(table):
             swap_selected_kernel[(len(programs),)](
-                table, programs, **constants, num_warps=NUM_WARPS
+                table, programs, **constants, num_warps=launch_tables.num_warps()
             )
 
 
@@ -147,5 +146,5 @@ def constexprs(
         "ALIGNED": aligned,
         "BLOCK": block,
         "BLOCKS": 4 if weight == values else 2,  # of a program; with casts, 4 spill registers
-        "TILE": TILE,
+        "TILE": TILE if block >= 1024 else TILE // 2,
     }
