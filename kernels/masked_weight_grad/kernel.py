@@ -6,7 +6,8 @@ entry. Whatever the mask, both factors are read 16 bytes at a time: rows that co
 and so is a factor whose rows do not start at multiples of 16 bytes.
 
 Whole weights and whole rows are plain products of (packed) factors, and on NVIDIA's GPUs cuBLAS
-does those, with sums in fp32: it is there 1.3 to 2 times as fast as the kernel.
+does those, with sums in fp32: 8,192 tokens of a 4096² weight take it 0.35 ms on an H100, and the
+kernel, which visits every tile of scattered elements, 0.45.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lit_align_kernels.products import fp32_product_by_eights
 # that the compiler sees that rows begin at multiples of 16 bytes.
 UNIT = tl.constexpr(8)
 WORD = tl.constexpr(32)  # entries in a word of the bitmap
+MOST_COPIED_BYTES = 64 << 20
 
 
 @triton.jit
@@ -180,8 +182,7 @@ def masked_weight_grad(
     if tilings is None and entries.kind != "elements" and _cublas_is_here(a):
         if entries.kind == "rows":
             a = a.index_select(1, packed_rows(entries))
-        rows = entries.numel // b.shape[1]
-        fp32_product_by_eights(out.view(rows, b.shape[1]), a[:, :rows], b, accumulate)
+        _by_cublas(a, b, out.view(-1, b.shape[1]), accumulate)
         return
     work = arithmetic(a.dtype)
     tilings = tilings or TILINGS[target_of(a.device)][work]
@@ -222,6 +223,21 @@ def masked_weight_grad(
             num_warps=p.tiling.warps,
             num_stages=p.tiling.stages,
         )
+
+
+def _by_cublas(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """`aᵀ b` to `out` (rows, Q), or added; of `a` the first columns alone, the others are padding.
+
+    A product for the few rows beyond a multiple of 8 takes about as long as one for 400 (60 µs for
+    8,192 tokens on an H100): a small result is computed with the padding, and copied.
+    """
+    rows = len(out)
+    if rows == a.shape[1] or 4 * a.shape[1] * b.shape[1] > MOST_COPIED_BYTES:
+        fp32_product_by_eights(out, a[:, :rows], b, accumulate)
+        return
+    padded = out.new_empty(a.shape[1], b.shape[1])
+    fp32_product_by_eights(padded, a, b, False)
+    (out.add_ if accumulate else out.copy_)(padded[:rows])
 
 
 def _cublas_is_here(a: Tensor) -> bool:
