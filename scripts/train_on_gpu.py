@@ -93,7 +93,8 @@ def run(name: str, arguments: argparse.Namespace, model: Path, scratch: Path) ->
         pairs_per_step=arguments.pairs_per_step, max_length=arguments.max_length,
         learning_rate=5e-6, threads=torch.get_num_threads(), device=arguments.device,
         mask=None if found.mask is None else str(model / f"{found.mask}.mask"),
-        saves=found.mask is not None, checkpointing=found.checkpointing, precision=precision,
+        saves=found.mask is not None and not arguments.no_checkpoint, precision=precision,
+        checkpointing=found.checkpointing,
     )  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=3)
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--no-checkpoint", action="store_true")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     model = Path(arguments.folder) / arguments.shape

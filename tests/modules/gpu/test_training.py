@@ -74,10 +74,21 @@ def test_fp32_is_the_cpu_s(kind, granularity, log, tiny_llama_dir, tmp_path):
     assert_close_weights(found["gpu"][0], found["cpu"][0], atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("reference", ["cache", "swap"])
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
-@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+# (checkpointing, layout, reference, precision): each beside each of another kind
+MODES = [
+    (False, "padded", "cache", "32-true"),
+    (False, "shared_prefix", "swap", "bf16-mixed"),
+    (False, "shared_prefix", "cache", "bf16-true"),
+    (True, "padded", "swap", "bf16-mixed"),
+    (True, "shared_prefix", "cache", "32-true"),
+    (True, "padded", "cache", "bf16-true"),
+    ("selective", "padded", "cache", "bf16-mixed"),
+    ("selective", "shared_prefix", "swap", "bf16-true"),
+    ("selective", "shared_prefix", "cache", "32-true"),
+]
+
+
+@pytest.mark.parametrize(("checkpointing", "layout", "reference", "precision"), MODES)
 def test_every_mode(checkpointing, layout, reference, precision, wide_llama_dir, tmp_path):
     mask = random_mask(0.1, "element", kind="wide_llama")
     module, _ = fit(
