@@ -43,9 +43,10 @@ test-main: $(VENV)/.installed-dev
 test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/$* $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-# On a GPU; its workers share it.
+# On a GPU, which the workers share. Every worker that trains compiles FlexAttention: few of them.
 test-gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 6 --dist loadgroup tests/kernels/gpu tests/modules/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 6 --dist loadgroup tests/kernels/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 tests/modules/gpu $(PYTEST_ARGS)
 
 # The slow proofs, and those of the kernels once more with the oldest Triton that they are for.
 test-long: $(VENV)/.installed-dev $(OLD_TRITON)/.installed
