@@ -1,5 +1,6 @@
 # make demo                     the whole ALLO pipeline on the embedded model; prints a table
 # make test                     installs what is missing and runs the test suite
+# make test-gpu                 the kernels compiled and training, on a GPU (skipped without one)
 # make bench                    times the kernels: BENCH_ARGS="masked_adamw --size full"
 # make lint types imports       what .ci/run checks besides
 # make audit                    dependencies and their reasons, bill of materials, known holes
@@ -17,7 +18,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OLD_TRITON := build/triton-3.6.0
 PIP_AUDIT := build/pip-audit
 
-.PHONY: help venv install install-dev demo test test-main test-interpreted test-compiled test-long bench lint types imports audit view clean
+.PHONY: help venv install install-dev demo test test-main test-interpreted test-compiled test-gpu test-long bench lint types imports audit view clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,11 @@ test-main: $(VENV)/.installed-dev
 # 5: no test was chosen, which PYTEST_ARGS="-k name" may mean here.
 test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/$* $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# On a GPU, which the workers share. Every worker that trains compiles FlexAttention: few of them.
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 6 --dist loadgroup tests/kernels/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 tests/modules/gpu $(PYTEST_ARGS)
 
 # The slow proofs, and those of the kernels once more with the oldest Triton that they are for.
 test-long: $(VENV)/.installed-dev $(OLD_TRITON)/.installed

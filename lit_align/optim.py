@@ -71,12 +71,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.grad_scale: Tensor | None = None
         super().__init__(params, defaults)
         self._links: dict[int, Link] | None = None
+        self._noted: dict[int, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; the links to the weights are looked up again."""
         super().__setstate__(state)
         self.grad_scale = None
         self._links = None
+        self._noted = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; all state stands on its parameter's device, in fp32.
@@ -145,8 +147,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             for entry in batch:
                 if not entry.master.numel():  # of a small sharded parameter a rank may hold none
                     entry.step += 1
+            batch = [entry for entry in batch if entry.master.numel()]
+            if batch:
+                batch[0].noted = self._noted.get(number)
             masked_adamw_(
-                [entry for entry in batch if entry.master.numel()],
+                batch,
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -155,6 +160,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 grad_scale=self.grad_scale,
                 stochastic_rounding_seed=self._rounding_seed(group, number),
             )
+            if batch:
+                self._noted[number] = batch[0].noted
             group["rounds"] += 1
         self.grad_scale = None
         write_through(link for link in self._links.values() if link.state.shard is not None)

@@ -31,6 +31,10 @@ def _frozen():
 def pytest_collection_modifyitems(items):
     """Whole programs first (they are right in tests/): their files take longest."""
     items.sort(key=lambda item: len(item.path.parts))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.path.parent.name == "gpu":
+                item.add_marker(pytest.mark.skip(reason="torch sees no GPU here"))
 
 
 def pytest_sessionfinish():

@@ -49,12 +49,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
-    """A random model of kind `llama` (GQA), `gpt2` (Conv1D) or `mixtral` (3-D experts)."""
+    """A random model: `llama` (GQA), `wide_llama` (heads of 16), `gpt2` (Conv1D) or `mixtral`."""
     torch.manual_seed(seed)
-    if kind == "llama":
+    if kind in ("llama", "wide_llama"):
         config = LlamaConfig(
             vocab_size=384,
-            hidden_size=32,
+            hidden_size=32 if kind == "llama" else 64,
             intermediate_size=56,
             num_hidden_layers=2,
             num_attention_heads=4,

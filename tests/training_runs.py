@@ -15,6 +15,8 @@ from lit_align.data.schema import PreferenceRow, SFTRow, UnlearningRow
 from lit_align.masks import ParameterMask, conv1d_row_axes, named_shapes, select
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
+ACCELERATOR = "cpu"  # tests/modules/gpu runs the same on a GPU
+
 
 class MemoryLogger(DummyLogger):
     """Keeps what is logged: a list of (step, values)."""
@@ -82,7 +84,7 @@ def _data(kind: Any, rows: list[Any], settings: dict[str, Any]) -> Any:
 
 def trainer(folder: Path, **settings: Any) -> lightning.Trainer:
     quiet = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False,
+        "accelerator": ACCELERATOR, "devices": 1, "max_epochs": 1, "logger": False,
         "enable_checkpointing": False, "enable_progress_bar": False,
         "enable_model_summary": False, "default_root_dir": folder,
     }  # fmt: skip
@@ -99,7 +101,7 @@ def random_mask(ratio: float = 0.1, granularity: str = "element", **kind: Any) -
 
 def weights(module: Any) -> dict[str, Tensor]:
     """The model's weights under the base's names."""
-    return {n: t.detach().clone() for n, t in module.model.state_dict().items()}
+    return {n: t.detach().to("cpu", copy=True) for n, t in module.model.state_dict().items()}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

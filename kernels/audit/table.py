@@ -127,9 +127,11 @@ _HEAD = """# Kernels
 
 Written by `lit-align bench --audit`; do not edit. Triton {triton}, Liger {liger}.
 
-No GPU was at hand. What stands here was compiled by Triton for five targets and read from the
-machine code, or counted in Triton's interpreter on a CPU; values and gradients are tested in the
-interpreter against fp64. No speed is claimed: `lit-align bench` measures it on your GPU.
+What stands here needs no GPU: it was compiled by Triton for five targets and read from the machine
+code, or counted in Triton's interpreter on a CPU. Values and gradients are tested against fp64 in
+the interpreter, and compiled on an NVIDIA H100 (sm_90, `make test-gpu`); on the other four targets
+nothing has run. How fast the kernels were on that H100 stands in RESULTS.md; `lit-align bench` says
+it of your GPU.
 
 - *registers* of a thread; *spills* in bytes (gfx942: registers); *shared* memory of a block.
 - *all ≥ 16 B*: how many of all instructions that access global memory move at least 16 bytes a

@@ -58,7 +58,11 @@ def masked_adamw_(
         "eps": eps,
         "weight_decay": weight_decay,
     }
-    parts = by_device(batch, lambda entry: entry.master.device)
+    noted = batch[0].noted if batch else None
+    if noted is not None:
+        parts = {noted.device: batch}
+    else:
+        parts = by_device(batch, lambda entry: entry.master.device)
     for number, (device, part) in enumerate(parts.items()):
         seed = stochastic_rounding_seed
         if seed is not None:  # parameters are numbered in their part: no two share their bits
@@ -74,7 +78,8 @@ def _step(batch: list[AdamWEntry], device: torch.device, settings: dict[str, Any
         return
     from lit_align_kernels.masked_adamw import kernel
 
-    kernel.launch(batch, **settings)
+    noted = batch[0].noted
+    kernel.launch(batch, **settings, noted=noted)
     # Autograd does not see what a kernel writes: a graph that needs the old values must fail.
     written = [t for e in batch for t in (e.master, e.weight) if t is not None]
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version(written if noted is None else noted.written)

@@ -68,10 +68,14 @@ def compile_cases(target: str) -> list[CompileCase]:
             "bitmap", weight=FP16, master=FP16, grad=BF16, grad_aligned=False, stochastic=True
         ),
     }
-    block = launch_tables.block_entries(target)
+    block, warps = launch_tables.block_entries(target), launch_tables.num_warps(target)
     return [
         CompileCase(
-            name, kernel.masked_adamw_kernel, SIGNATURE, v.constexprs(block), kernel.NUM_WARPS
+            name,
+            kernel.masked_adamw_kernel,
+            SIGNATURE,
+            v.constexprs(block),
+            warps,
         )
         for name, v in variants.items()
     ]

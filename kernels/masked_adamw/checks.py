@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +14,85 @@ from lit_align_kernels.masked_adamw.reference import AdamWEntry
 FP32 = (torch.float32,)
 
 
+class Noted:
+    """The tensors of a batch that was checked: a step with the same ones need not look again.
+
+    Hundreds of parameters take longer to look at one by one than to step on a GPU, so all that is
+    done here in every step goes through whole lists without a line of Python for each.
+
+    Attributes:
+        device: of all tensors.
+        grad_addresses: of the gradients of the step in hand.
+        written: the tensors that a step writes, moments aside.
+        plan: what a kernel keeps for the batch.
+    """
+
+    def __init__(self, batch: list[AdamWEntry], stochastic: bool) -> None:
+        self.device = batch[0].master.device
+        self.written = [t for e in batch for t in (e.master, e.weight) if t is not None]
+        self.plan: Any = None
+        self._tensors, self._entries = _tensors(batch), [entry.entries for entry in batch]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._stochastic = stochastic
+        grads = [entry.grad for entry in batch]
+        self.grad_addresses = list(map(Tensor.data_ptr, grads))
+        self._offsets = [address % 16 for address in self.grad_addresses]
+        self._dtypes = [grad.dtype for grad in grads]
+        self._shapes = [grad.shape for grad in grads]
+
+    @classmethod
+    def of(cls, batch: list[AdamWEntry], stochastic: bool) -> Noted | None:
+        """None where devices or layouts ask for another look at every step."""
+        device = batch[0].master.device
+        for entry in batch:
+            tensors = (entry.master, entry.grad, entry.exp_avg, entry.exp_avg_sq)
+            if entry.master.device != device or not all(t.is_contiguous() for t in tensors):
+                return None
+        return cls(batch, stochastic)
+
+    def holds(self, batch: list[AdamWEntry], stochastic: bool) -> bool:
+        """Whether the batch is as it was, but for the gradients' values and addresses."""
+        tensors = _tensors(batch)
+        grads = [entry.grad for entry in batch]
+        if not (
+            len(tensors) == len(self._tensors)
+            and len(grads) == len(self._dtypes)
+            and all(map(operator.is_, tensors, self._tensors))
+            and all(map(operator.is_, [e.entries for e in batch], self._entries))
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and stochastic == self._stochastic
+            and [grad.dtype for grad in grads] == self._dtypes
+            and [grad.shape for grad in grads] == self._shapes
+            and all(map(Tensor.is_contiguous, grads))
+            and {grad.device for grad in grads} == {self.device}
+        ):
+            return False
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self.grad_addresses:
+            if [address % 16 for address in addresses] != self._offsets:
+                return False
+            self.grad_addresses = addresses
+        return True
+
+
+def _tensors(batch: list[AdamWEntry]) -> list[Tensor]:
+    """All but the gradients."""
+    return [
+        *[entry.master for entry in batch],
+        *[entry.exp_avg for entry in batch],
+        *[entry.exp_avg_sq for entry in batch],
+        *[entry.step for entry in batch],
+        *[entry.weight for entry in batch if entry.weight is not None],
+    ]
+
+
 def check_batch(batch: list[AdamWEntry], stochastic: bool) -> None:
-    """Every tensor of every entry; see `masked_adamw_` for what is raised."""
+    """Every tensor of every entry; see `masked_adamw_` for what is raised.
+
+    The first entry then notes what it is the first of, if the batch can be known again.
+    """
+    if not batch or (batch[0].noted is not None and batch[0].noted.holds(batch, stochastic)):
+        return
     for number, entry in enumerate(batch):
         master = entry.master
         if master.dtype != torch.float32 and not stochastic:
@@ -29,6 +109,7 @@ def check_batch(batch: list[AdamWEntry], stochastic: bool) -> None:
         _check_layouts(number, entry)
         if entry.weight is not None:
             _check_weight(number, entry)
+    batch[0].noted = Noted.of(batch, stochastic)
 
 
 def check_scale(scale: Tensor | None) -> None:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_align_kernels import launch_tables
-from lit_align_kernels.masked_adamw.checks import lie_alike
+from lit_align_kernels.masked_adamw.checks import Noted, lie_alike
 from lit_align_kernels.masked_adamw.reference import AdamWEntry
 from lit_align_kernels.masked_adamw.rounding import random_bits, round_stochastically
 from lit_align_kernels.selected_positions import (
@@ -33,8 +33,9 @@ from lit_align_kernels.selected_positions import (
     weight_pointer,
 )
 
-TILE = 512  # words of a bitmap in one step: the span of a block where every sixteenth is selected
-NUM_WARPS = 4
+# Words of a bitmap in one step, and half of it for small blocks: the span of a block where every
+# sixteenth is selected.
+TILE = 512
 
 MASTER = tl.constexpr(OWN.value)
 GRAD = tl.constexpr(OWN.value + 1)
@@ -237,13 +238,59 @@ class Variant:
             "STOCHASTIC": self.stochastic,
             "BLOCK": block,
             "BLOCKS": self.blocks,
-            "TILE": TILE,
+            "TILE": TILE if block >= 1024 else TILE // 2,
         }
 
     @property
     def blocks(self) -> int:
         """Blocks of one program: more where wide accesses are fewer beside the narrow ones."""
         return 2 if self.grad_aligned and self.master == torch.float32 else 4
+
+
+class Launch:
+    """One launch: parameters of one `Variant`, in a table of which gradients and seed change."""
+
+    def __init__(
+        self, variant: Variant, rows: list[list[int]], where: list[int], device: torch.device
+    ) -> None:
+        """Args: their variant, their rows of the table, their places in the batch, their GPU."""
+        block = launch_tables.block_entries()
+        numels = tuple(row[0] for row in rows)
+        self._programs = launch_tables.programs(numels, block * variant.blocks, device)
+        self._constants = variant.constexprs(block)
+        self._where, self._device = where, device
+        self._rows = torch.tensor(rows)
+        self._now: tuple[list[int], int] = [], 0
+        self._table = torch.empty(0)
+
+    def __call__(self, grads: list[int], seed: int, arguments: tuple[Any, ...]) -> None:
+        """Step, with gradients at these addresses (those of the whole batch)."""
+        now = ([grads[i] for i in self._where], seed)
+        if now != self._now:
+            self._rows[:, GRAD.value] = torch.tensor(now[0])
+            self._rows[:, SEED.value] = seed
+            self._table, self._now = launch_tables.parameter_table(self._rows, self._device), now
+        masked_adamw_kernel[(len(self._programs),)](
+            *(self._table, self._programs, *arguments),
+            **self._constants,
+            num_warps=launch_tables.num_warps(),
+        )
+
+
+class Plan:
+    """The launches of a batch, for as long as it is made of the same tensors."""
+
+    def __init__(self, batch: list[AdamWEntry], grads: list[Tensor], stochastic: bool) -> None:
+        self.steps = [entry.step for entry in batch]
+        found: dict[Variant, tuple[list[list[int]], list[int]]] = {}
+        for number, (entry, grad) in enumerate(zip(batch, grads, strict=True)):
+            if entry.master.numel():
+                variant, row = _describe(entry, grad, stochastic, number)
+                rows, where = found.setdefault(variant, ([], []))
+                rows.append(row)
+                where.append(number)
+        device = batch[0].master.device
+        self.launches = [Launch(variant, *rows, device) for variant, rows in found.items()]
 
 
 def launch(
@@ -256,37 +303,36 @@ def launch(
     weight_decay: float,
     grad_scale: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
+    noted: Noted | None = None,
 ) -> None:
-    """See `masked_adamw_`, which checks the entries: all on one device; a launch a `Variant`."""
+    """See `masked_adamw_`, which checks the entries: all on one device; a launch a `Variant`.
+
+    `noted` holds for this batch: then it keeps the launches.
+    """
     if not batch:
         return
-    launches: dict[Variant, list[list[int]]] = {}
-    grads = [_laid_out_like(entry.grad, entry.master) for entry in batch]
-    for number, (entry, grad) in enumerate(zip(batch, grads, strict=True)):
-        if entry.master.numel():
-            variant, row = _describe(entry, grad, stochastic_rounding_seed, number)
-            launches.setdefault(variant, []).append(row)
-    torch._foreach_add_([entry.step for entry in batch], 1)
-    device, block = batch[0].master.device, launch_tables.block_entries()
-    settings = (
-        *(lr, 1 - lr * weight_decay),
+    stochastic = stochastic_rounding_seed is not None
+    if noted is None:
+        grads = [_laid_out_like(entry.grad, entry.master) for entry in batch]
+        plan, addresses = Plan(batch, grads, stochastic), [grad.data_ptr() for grad in grads]
+    else:
+        if noted.plan is None:
+            noted.plan = Plan(batch, [entry.grad for entry in batch], stochastic)
+        plan, addresses = noted.plan, noted.grad_addresses
+    torch._foreach_add_(plan.steps, 1)
+    arguments = (
+        *(grad_scale, lr, 1 - lr * weight_decay),
         *(beta1, 1 - beta1, math.log(beta1) if beta1 else -math.inf),
         *(beta2, 1 - beta2, math.log(beta2) if beta2 else -math.inf, eps),
     )
+    seed = _as_int64(stochastic_rounding_seed or 0)
     with launch_tables.on_device_of(batch[0].master):
-        for variant, rows in launches.items():
-            numels = tuple(row[0] for row in rows)
-            programs = launch_tables.programs(numels, block * variant.blocks, device)
-            table = launch_tables.parameter_table(rows, device)
-            masked_adamw_kernel[(len(programs),)](
-                *(table, programs, grad_scale, *settings),
-                **variant.constexprs(block),
-                num_warps=NUM_WARPS,
-            )
+        for one in plan.launches:
+            one(addresses, seed, arguments)
 
 
 def _describe(
-    entry: AdamWEntry, grad: Tensor, seed: int | None, number: int
+    entry: AdamWEntry, grad: Tensor, stochastic: bool, number: int
 ) -> tuple[Variant, list[int]]:
     states = (entry.exp_avg, entry.exp_avg_sq)
     numel = entry.master.numel()
@@ -302,10 +348,10 @@ def _describe(
         grad.dtype,
         launch_tables.aligned(entry.master, *states),
         launch_tables.aligned(grad),
-        seed is not None and entry.master.dtype != torch.float32,
+        stochastic and entry.master.dtype != torch.float32,
     )
     own = (entry.master, grad, *states, entry.step)
-    return variant, [*columns, *(tensor.data_ptr() for tensor in own), _as_int64(seed or 0), number]
+    return variant, [*columns, *(tensor.data_ptr() for tensor in own), 0, number]
 
 
 def _as_int64(seed: int) -> int:

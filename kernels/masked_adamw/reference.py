@@ -12,6 +12,7 @@ Decoupled Weight Decay Regularization, algorithm 2.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class AdamWEntry:
         step: () fp32, number of steps taken.
         weight: the full weight that receives the new values, or None where `master` is the weight.
         entries: which entries of `weight` the master holds.
+        noted: of the first entry of a batch: what a step found out about the tensors of them all
+            (`checks.Noted`). Given on to the next step's, it saves that from looking again.
     """
 
     master: Tensor
@@ -44,6 +47,7 @@ class AdamWEntry:
     step: Tensor
     weight: Tensor | None = None
     entries: Entries | None = None
+    noted: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def _laid_out(entry: AdamWEntry) -> Tensor:

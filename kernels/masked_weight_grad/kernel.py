@@ -4,6 +4,10 @@ A program owns one tile of the product, and the grid is the list of tiles that h
 entry. Whatever the mask, both factors are read 16 bytes at a time: rows that come in aligned runs
 (heads, blocks of rows) are gathered as they lie, other rows are packed into a narrower `a` first,
 and so is a factor whose rows do not start at multiples of 16 bytes.
+
+Whole weights and whole rows are plain products of (packed) factors, and on NVIDIA's GPUs cuBLAS
+does those, with sums in fp32: 8,192 tokens of a 4096² weight take it 0.35 ms on an H100, and the
+kernel, which visits every tile of scattered elements, 0.45.
 """
 
 from __future__ import annotations
@@ -16,12 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_align_kernels.entries import Entries
-from lit_align_kernels.masked_weight_grad.tiles import RUN, TILINGS, Arithmetic, Tiling, plan
+from lit_align_kernels.masked_weight_grad.tiles import (
+    RUN,
+    TILINGS,
+    Arithmetic,
+    Tiling,
+    packed_rows,
+    plan,
+)
+from lit_align_kernels.products import fp32_product_by_eights
 
 # Row strides and lengths reach the kernel in units of 8 elements (16 bytes of bf16 and fp16), so
 # that the compiler sees that rows begin at multiples of 16 bytes.
 UNIT = tl.constexpr(8)
 WORD = tl.constexpr(32)  # entries in a word of the bitmap
+MOST_COPIED_BYTES = 64 << 20
 
 
 @triton.jit
@@ -166,6 +179,11 @@ def masked_weight_grad(
         return
     if entries.kind == "rows" and entries.axis == 1:  # the columns of W are the rows of Wᵀ
         a, b = b, a
+    if tilings is None and entries.kind != "elements" and _cublas_is_here(a):
+        if entries.kind == "rows":
+            a = a.index_select(1, packed_rows(entries))
+        _by_cublas(a, b, out.view(-1, b.shape[1]), accumulate)
+        return
     work = arithmetic(a.dtype)
     tilings = tilings or TILINGS[target_of(a.device)][work]
     p = plan(entries, tilings, _processors(a.device), a.device)
@@ -205,6 +223,25 @@ def masked_weight_grad(
             num_warps=p.tiling.warps,
             num_stages=p.tiling.stages,
         )
+
+
+def _by_cublas(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """`aᵀ b` to `out` (rows, Q), or added; of `a` the first columns alone, the others are padding.
+
+    A product for the few rows beyond a multiple of 8 takes about as long as one for 400 (60 µs for
+    8,192 tokens on an H100): a small result is computed with the padding, and copied.
+    """
+    rows = len(out)
+    if rows == a.shape[1] or 4 * a.shape[1] * b.shape[1] > MOST_COPIED_BYTES:
+        fp32_product_by_eights(out, a[:, :rows], b, accumulate)
+        return
+    padded = out.new_empty(a.shape[1], b.shape[1])
+    fp32_product_by_eights(padded, a, b, False)
+    (out.add_ if accumulate else out.copy_)(padded[:rows])
+
+
+def _cublas_is_here(a: Tensor) -> bool:
+    return a.device.type == "cuda" and torch.version.hip is None
 
 
 def arithmetic(dtype: torch.dtype) -> Arithmetic:

@@ -48,8 +48,9 @@ def compile_cases(target: str) -> list[CompileCase]:
         for what, operation in directions.items():
             constants = kernel.constexprs(operation, *kinds[name], bf16, fp32, True, block=block)
             cases[f"{name}, {what}"] = constants
+    warps = launch_tables.num_warps(target)
     return [
-        CompileCase(name, kernel.swap_selected_kernel, SIGNATURE, constants, kernel.NUM_WARPS)
+        CompileCase(name, kernel.swap_selected_kernel, SIGNATURE, constants, warps)
         for name, constants in cases.items()
     ]
 

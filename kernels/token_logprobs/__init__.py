@@ -160,7 +160,7 @@ def token_logprobs(
         max_logits_bytes: bytes of logits (and of a dense block of the weight's gradient, where
             entries train) that may exist at once; at least 256 of the vocabulary, in Triton one
             token, are taken together. Without Triton what fits is kept for the backward, and the
-            rest is formed once more there. None: 32 MiB, on a GPU 256 MiB.
+            rest is formed once more there. None: 32 MiB, on a GPU 512 MiB.
 
     Returns:
         (N,) fp32, accumulated in fp32. N may be 0.

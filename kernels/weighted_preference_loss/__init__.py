@@ -105,7 +105,7 @@ def weighted_preference_loss(
         soft_cap: c in c·tanh(logits / c), or None.
         ignore_index: target of tokens with log-prob 0 and no gradient.
         max_logits_bytes: bytes of logits that may exist at once; at least one token's do. None:
-            32 MiB, on a GPU 256 MiB.
+            32 MiB, on a GPU 512 MiB.
 
     Returns:
         The sum of the loss, scalar fp32 with gradient, and the log-probs (N,) fp32 without one.

@@ -3,8 +3,8 @@
 Registered in transformers under names of its own. A call without documents (generation, the padded
 layout) is passed on to the implementation that the model had.
 
-FlexAttention, which CUDA devices take, has no backward on a CPU: it was compared with the other
-path forward and on a CPU alone, and has not run on a GPU yet.
+FlexAttention, which CUDA devices take, has no backward on a CPU: there it is compared with the
+other path forward alone; tests/modules/gpu has whole training runs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Documents: TypeAlias = tuple[tuple[int, ...], ...]
 # Graphs of one function: with a gradient or not, with a window or not, of up to 128 tokens or more,
 # in the check or under autocast. Past the limit (8) all that is new would run uncompiled.
 GRAPHS = 64
+LEAST_WIDTH = 16  # of a head, in FlexAttention's kernels; stories260K's are 8 wide
 
 
 class DocumentLayout:
@@ -213,6 +214,9 @@ def by_flex_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotated in fp32, beside values in 16 bits
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    width = value.shape[-1]
+    query, key, value = (_wide_enough(tensor) for tensor in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # its kernels for short rows want a power of two
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -230,7 +234,13 @@ def by_flex_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output.transpose(1, 2).contiguous()
+    return output[..., :width].transpose(1, 2).contiguous()
+
+
+def _wide_enough(heads: Tensor) -> Tensor:
+    """With zeros behind each head, where it is narrower than FlexAttention's kernels take."""
+    missing = LEAST_WIDTH - heads.shape[-1]
+    return F.pad(heads, (0, missing)) if missing > 0 else heads
 
 
 @functools.cache

@@ -116,10 +116,13 @@ class LoadedModule(ReferencedModule):
             leave_inference_mode_out(self.trainer)  # type: ignore[arg-type]
         if self.language_model is not None:
             if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
-                self._attach_reference_logps(self._reference_again)  # rows of another stage
+                with torch.device("cpu"):
+                    self._attach_reference_logps(self._reference_again)  # rows of another stage
             return
         try:
-            self._configure()
+            # Lightning makes the GPU the default device here; what belongs there is put there.
+            with torch.device("cpu"):
+                self._configure()
         except BaseException:  # half of it would pass for the whole when it is tried again
             self.language_model = None
             raise

@@ -164,3 +164,46 @@ def test_updates_below_a_step_of_16_bits_are_kept_on_average(dtype):
     deviation = (1e-4 * step) ** 0.5 / (8 * 8192) ** 0.5  # of the mean of Bernoulli steps
     assert abs(ours.master.double().mean() - (1 - 1e-4)) < 4 * deviation
     assert torch.equal(weight.view(-1), ours.master)
+
+
+def many(count=3):
+    """Entries of one batch, with gradients."""
+    batch = [entry(torch.randn(12), torch.randn(4, 3), entries_of("all", (4, 3))) for _ in "abc"]
+    for one in batch:
+        one.grad = torch.randn(12)
+    return batch[:count]
+
+
+def test_what_is_noted_of_a_batch_does_not_outlast_its_tensors():
+    """A step with the same tensors looks at them no more; any other is found out."""
+    batch = many()
+    masked_adamw_(batch, **SETTINGS)
+    noted = batch[0].noted
+    for one in batch:
+        one.grad = torch.randn(12)
+    masked_adamw_(batch, **SETTINGS)
+    assert batch[0].noted is noted and noted.holds(batch, False)
+    assert not noted.holds(batch, True) and not noted.holds(batch[:2], False)
+    for name, value in (
+        ("grad", torch.randn(12, dtype=torch.float64)),
+        ("grad", torch.randn(13)),
+        ("exp_avg", torch.zeros(12, dtype=torch.bfloat16)),
+        ("step", torch.zeros(1)),
+        ("weight", torch.randn(3, 4)),
+        ("entries", entries_of("all", (3, 4))),
+    ):
+        before = getattr(batch[2], name)
+        setattr(batch[2], name, value)
+        with pytest.raises((TypeError, ValueError)):
+            masked_adamw_(batch, **SETTINGS)
+        setattr(batch[2], name, before)
+    masked_adamw_(batch, **SETTINGS)
+    batch[1].weight.data = torch.randn(4, 3)
+    assert not batch[0].noted.holds(batch, False)
+
+
+def test_gradients_of_other_layouts_are_looked_at_in_every_step():
+    batch = many()
+    batch[1].grad = torch.randn(24)[::2]
+    masked_adamw_(batch, **SETTINGS)
+    assert batch[0].noted is None

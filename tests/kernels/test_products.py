@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lit_align_kernels.products import _onednn, add_product, product, write_product
+from lit_align_kernels.products import (
+    _onednn,
+    add_product,
+    fp32_product_by_eights,
+    product,
+    write_by_eights,
+    write_product,
+    write_sum_by_eights,
+)
 
 SHAPES = [(1, 1, 1), (252, 123, 507), (7, 600, 33), (64, 64, 64), (0, 5, 3), (5, 0, 3), (5, 3, 0)]
 
@@ -62,3 +70,25 @@ def test_a_recorded_graph_and_other_dtypes_stay_with_torch():
 def test_onednn_is_taken_where_it_is_the_faster():
     with torch.no_grad():
         assert _onednn(torch.ones(2, 3), torch.ones(3, 2)) is not None
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 19, 24])
+def test_products_by_eights(size):
+    """A GPU's products in parts: sums and columns that 8 does not divide."""
+    a, b = torch.randn(7, size), torch.randn(size, 6)
+    out = torch.full((7, 6), torch.nan)
+    write_sum_by_eights(out, a, b)
+    torch.testing.assert_close(out, a @ b)
+    c = torch.randn(6, size)
+    wide = torch.full((7, size + 3), torch.nan)
+    write_by_eights(wide[:, :size], out, c)
+    torch.testing.assert_close(wide[:, :size], out @ c)
+    assert wide[:, size:].isnan().all()
+    found = torch.full((size, 6), torch.nan)
+    fp32_product_by_eights(found, a, out, False)
+    torch.testing.assert_close(found, a.t() @ out)
+    fp32_product_by_eights(found, a, out, True)
+    torch.testing.assert_close(found, 2 * a.t() @ out)
+    found[:] = torch.nan
+    fp32_product_by_eights(found, a[:0], out[:0], False)
+    assert (found == 0).all()

@@ -68,6 +68,17 @@ def test_without_a_mask_everything_trains(precision, tiny_llama_dir, tmp_path):
         assert (after[name] != base.to(after[name].dtype)).float().mean() > 0.8, name
 
 
+@pytest.mark.parametrize("reference", ["cache", "swap"])
+def test_another_default_device_does_not_matter(reference, tiny_llama_dir, tmp_path, monkeypatch):
+    """Lightning makes the GPU the default while the model is configured; masks come from a CPU."""
+    strategy = "lightning.pytorch.strategies.SingleDeviceStrategy.tensor_init_context"
+    monkeypatch.setattr(strategy, lambda self, empty_init=None: torch.device("meta"))
+    for granularity in ("element", "row"):
+        module = MaskedDPO(str(tiny_llama_dir), reference=reference)
+        fit(module, preferences(4), tmp_path, mask=random_mask(0.1, granularity))
+        assert {t.device.type for t in module.model.state_dict().values()} == {"cpu"}
+
+
 def test_bf16_true_keeps_what_bf16_alone_would_lose(tiny_llama_dir, tmp_path):
     """At a low learning rate no step shows in bf16; the fp32 masters add them up."""
     module = SupervisedFineTuning(str(tiny_llama_dir), learning_rate=1e-6, warmup_ratio=0.0)

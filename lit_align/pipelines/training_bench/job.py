@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lit_align.errors import BenchmarkError
 from lit_align.files import write_atomically
 from lit_align.modules.activation_checkpointing import GradientCheckpointing
 
+Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
 SCRATCH = "scratch"  # beside them: what a run writes for itself, its checkpoint above all
@@ -38,6 +39,8 @@ class Job:
         mask: file of the mask that training is restricted to.
         saves: whether a checkpoint is written, to count its bytes.
         checkpointing: see `Method`.
+        precision: of Lightning's trainer: 32-true, bf16-mixed, or bf16-true (TRL: a model and its
+            optimiser in bf16).
     """
 
     method: str
@@ -57,6 +60,7 @@ class Job:
     mask: str | None = None
     saves: bool = True
     checkpointing: GradientCheckpointing = False
+    precision: Precision = "32-true"
 
     @property
     def num_pairs(self) -> int:

@@ -98,6 +98,7 @@ def fit(
         default_root_dir=folder,
         accelerator="gpu" if job.device == "cuda" else "cpu",
         devices=1,
+        precision=job.precision,
         max_epochs=1,
         max_steps=job.steps,
         gradient_clip_val=job.gradient_clip,

@@ -60,7 +60,8 @@ class StepEnds(TrainerCallback):
 
 def run(job: Job, folder: Path, watch: Watch) -> Result:
     """Train, save a checkpoint as the trainer does, say what it took."""
-    model, tokenizer = load_language_model(job.model)
+    dtype = torch.bfloat16 if job.precision == "bf16-true" else torch.float32
+    model, tokenizer = load_language_model(job.model, dtype=dtype)
     InOrder.watch = watch  # its constructor runs the reference
     trainer: Any = InOrder(
         model=model,
@@ -90,7 +91,7 @@ def run(job: Job, folder: Path, watch: Watch) -> Result:
 
 
 def _config(job: Job, folder: Path) -> trl.DPOConfig:
-    """The job's settings; the others are TRL's defaults, but fp32 and what is recomputed."""
+    """The job's settings; the others are TRL's defaults, but precision and what is recomputed."""
     return trl.DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=job.pairs_per_step,
@@ -105,7 +106,7 @@ def _config(job: Job, folder: Path) -> trl.DPOConfig:
         weight_decay=job.weight_decay,
         max_grad_norm=job.gradient_clip,
         precompute_ref_log_probs=job.method == "trl-precomputed",
-        bf16=False,
+        bf16=job.precision != "32-true",
         gradient_checkpointing=job.checkpointing is True,
         use_cpu=job.device == "cpu",
         dataloader_pin_memory=job.device != "cpu",
