@@ -11,7 +11,9 @@ from lit_align.errors import ModelError
 from lit_align.strict_json import MAX_BYTES, check_depth
 
 CONFIG_FILE = "config.json"
-COUNTED = re.compile(r".*(layers?|blocks|experts|groups|depth)")  # names of how many there are
+COUNTED = re.compile(
+    r".*(layers?|blocks|experts|groups|depth|codebooks|num_labels)"
+)  # names of how many there are
 MOST = 10_000
 # Names of what computes a part of it: transformers takes `owner/name` for code from the hub.
 PROGRAMS = re.compile(r".*_implementation(_internal)?")

@@ -31,6 +31,8 @@ def spoil_config(folder, **settings):
         ("llama", {"hidden_size": 1 << 29, "head_dim": 8}, ["weight"], "has no|0 tensors"),
         ("llama", {"num_hidden_layers": 9999}, [], "is 9999, and the files have 20 tensors"),
         ("llama", {"num_hidden_layers": 2**31}, [], "no model has so many"),
+        ("llama", {"num_labels": 10**9}, [], "no model has so many"),
+        ("llama", {"model_type": "musicgen_decoder", "num_codebooks": 10**9}, [], "no model has"),
         ("llama", {"intermediate_size": 2**62}, [], "overflow"),
         ("gpt2", {"n_positions": 10**6}, ["wpe"], "values in parameters"),
         ("mixtral", {"num_local_experts": 9999}, ["experts"], "values in parameters"),
