@@ -4,6 +4,7 @@ import os
 import signal
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -149,6 +150,21 @@ def test_a_run_killed_behind_its_last_step_has_its_end(limit, tiny_llama_dir, tm
         digests.append(ParameterMask.load(mask).digest)
         mask.unlink()  # as if the kill had come before it was written
     assert digests[0] == digests[1]
+
+
+def test_settings_that_torch_would_not_read_again(tiny_llama_dir, tmp_path):
+    """A Path and a number of numpy's, from Python; and the module is fitted once more."""
+    settings = {"learning_rate": np.float64(1e-2), "lr_scheduler": "constant"}
+    module = SupervisedFineTuning(tiny_llama_dir, **settings)
+    logged = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        log, saving = MemoryLogger(), Checkpointing(every_n_train_steps=1)
+        shared = {"callbacks": [saving], "enable_checkpointing": True, "log_every_n_steps": 1}
+        for steps in (1, 2):
+            run = trainer(folder, max_steps=steps, logger=log, **shared)
+            run.fit(module, instructions(4, batch_size=2), ckpt_path="last")
+        logged.append(log.values("num_tokens"))
+    assert len(logged[0]) == 2 and logged[0] == logged[1]
 
 
 def tensors(value):
