@@ -22,6 +22,7 @@ from lit_align.compact.rank_allocation import (
 )
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
+from lit_align.modules.metric_log import Throughput
 from lit_align.modules.resuming import begin_at_step, check_place, seed_batch
 from lit_align.modules.sharded_reading import read_whole
 from lit_align.modules.sharded_saving import verify_checkpoints
@@ -47,6 +48,24 @@ class CheckpointedModule(LoggedModule):
     def setup(self, stage: str) -> None:
         """Have checkpoints written whole and verified, unless the user brings a plugin."""
         verify_checkpoints(self.trainer.strategy, self._check_identity)
+        if stage == "fit":  # a module may be fitted again, in a notebook
+            self.throughput, self.run_seed, self._ends_later = Throughput(), None, False
+            self._counted_at_step = copy.copy(self.throughput)
+            self._stepped = self.logged_step = 0
+
+    def on_fit_start(self) -> None:
+        """Refuse to train where ranks have read different checkpoints, or only some read one.
+
+        Raises:
+            TrainingError: the folder is not the same on all machines.
+        """
+        strategy = self.trainer.strategy
+        first = strategy.broadcast(self._stepped)
+        if strategy.reduce_boolean_decision(first != self._stepped, all=False):
+            raise TrainingError(
+                f"the first rank goes on after step {first}, and another one does not: checkpoints "
+                "have to lie in a folder that all machines share (trainer.default_root_dir)"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers depend on the place alone, so that a resumed run draws the same."""
