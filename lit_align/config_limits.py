@@ -11,9 +11,8 @@ from lit_align.errors import ModelError
 from lit_align.strict_json import MAX_BYTES, check_depth
 
 CONFIG_FILE = "config.json"
-COUNTED = re.compile(
-    r".*(layers?|blocks|experts|groups|depth|codebooks|num_labels)"
-)  # names of how many there are
+# Names of how many there are of something that is made one by one.
+COUNTED = re.compile(r".*(layers?|blocks|experts|groups|depth|codebooks|num_labels)")
 MOST = 10_000
 # Names of what computes a part of it: transformers takes `owner/name` for code from the hub.
 PROGRAMS = re.compile(r".*_implementation(_internal)?")
