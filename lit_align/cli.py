@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_align.callbacks import Checkpointing, LogpsWriter
+from lit_align.checkpoint_file import choose_sound
 from lit_align.errors import LitAlignError
 from lit_align.files import write_failure
 from lit_align.modules import LanguageModelModule
@@ -82,8 +83,10 @@ class AlignCLI(LightningCLI):
         They name a model and may ask for the code that it brings: whoever starts a command does.
         """
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in CHECKPOINT_WORDS and not Path(path).is_dir():  # (of shards)
-            read_checkpoint(path)
+        if path and path not in CHECKPOINT_WORDS:
+            chosen = choose_sound(Path(path))
+            if not chosen.is_dir():  # (of shards)
+                read_checkpoint(chosen)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """A Trainer with CSV and TensorBoard loggers by default."""

@@ -315,3 +315,14 @@ def test_a_pipeline_killed_inside_every_stage(name, commands, tiny_llama_dir, tm
         one, other = load_file(whole / path), load_file(killed / path)
         assert one.keys() == other.keys(), path
         assert all(torch.equal(one[key], other[key]) for key in one), path
+
+
+def test_last_by_its_name_stands_for_the_newest_sound_one(commands, tiny_llama_dir, tmp_path):
+    """As Lightning's own ModelCheckpoint writes it, with `save_last`."""
+    once = "--trainer.max_epochs=1"
+    assert commands.run(fit(tiny_llama_dir, tmp_path, once))[0] == 0
+    newest = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    path = newest.with_name("last.ckpt")
+    path.write_bytes(newest.read_bytes()[:-1000])
+    assert commands.run(fit(tiny_llama_dir, tmp_path, once, f"--ckpt_path={path}"))[0] == 0
+    assert f"{newest} is the newest sound checkpoint: read in place of {path}" in commands.said()
