@@ -27,7 +27,7 @@ from lit_align.sharded_checkpoint import (
     check_sharded_checkpoint,
     find_damage_of_shards,
 )
-from lit_align.unpickling import UNREADABLE_PICKLE, check_unpickled
+from lit_align.unpickling import UNREADABLE_PICKLE, check_pickles, check_unpickled
 
 VERSION = "pytorch-lightning_version"
 SUFFIX = ".ckpt"
@@ -173,6 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
+    check_pickles(path)
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     check_unpickled(checkpoint)
     check_content(checkpoint)

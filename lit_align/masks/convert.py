@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lit_align.masks.linear_layers import module_names, output_head
 from lit_align.masks.metadata import MaskMetadata
 from lit_align.masks.parameter_mask import ParameterMask, named_shapes
 from lit_align.strict_json import read_json_file
-from lit_align.unpickling import UNREADABLE_PICKLE
+from lit_align.unpickling import UNREADABLE_PICKLE, check_pickles
 
 CHUNK = 2**22  # entries; a multiple of 8, so that chunks end on a byte of the bitmap
 ALL_LINEAR = "all-linear"
@@ -210,13 +211,14 @@ def read_targets(path: str | Path) -> list[str] | str:
 
 def _load_tensors(path: Path) -> Mapping[str, Tensor]:
     try:
+        check_pickles(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise MaskError(
             f"{path}: holds more than tensors, and what else a pickle holds may be code, which is "
             "not run: save a plain dict of name -> tensor"
         ) from error
-    except UNREADABLE_PICKLE as error:
+    except (*UNREADABLE_PICKLE, zipfile.BadZipFile) as error:
         raise MaskError(f"{path}: cannot be read as a file of torch.save: {error}") from error
     if not isinstance(loaded, dict) or not loaded:
         raise MaskError(f"{path}: holds no dict of tensors but {type(loaded).__name__}")
