@@ -12,9 +12,10 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_align.callbacks import Checkpointing, LogpsWriter
+from lit_align.callbacks.checkpointing import SIGTERM_STATUS
 from lit_align.checkpoint_file import choose_sound
 from lit_align.errors import LitAlignError
 from lit_align.files import write_failure
@@ -129,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             COMMANDS[verb](words[1:])
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
+    except SIGTERMException as ended:  # without Checkpointing Lightning would say that all is done
+        ended.code = SIGTERM_STATUS
+        raise
     except Exception as error:
         if (said := said_of(error)) is None:
             raise  # a defect of ours: its traceback is wanted

@@ -120,6 +120,24 @@ def test_sigterm_of_a_command_started_as_users_do(commands, whole, tiny_llama_di
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize("more", [(), ("--trainer.callbacks+=lit_align.callbacks.Checkpointing",)])
+def test_sigterm_with_a_callback_of_lightnings(more, commands, whole, tiny_llama_dir, tmp_path):
+    """Alone it saves at its own times; with ours beside it, there too."""
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true")
+    words = fit(tiny_llama_dir, tmp_path, LONGER, *own, *more)
+    process = commands.start(words)
+    for _ in range(6000):
+        if any(tmp_path.rglob("last.ckpt")):
+            break
+        time.sleep(0.01)
+    os.kill(process, signal.SIGTERM)
+    assert commands.wait(process) == 143
+    assert ("SIGTERM: the run is saved" in commands.said()) == bool(more)
+    if more:
+        assert commands.run([*words, "--ckpt_path=last"])[0] == 0
+        assert_same_end(tmp_path, whole)
+
+
 def test_slurm_preempts_and_the_job_goes_on(commands, whole, tiny_llama_dir, tmp_path):
     """Its signal saves and asks for another turn, and SIGTERM ends it; then its node dies."""
     scontrol = tmp_path / "bin" / "scontrol"
