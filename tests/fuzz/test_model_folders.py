@@ -84,3 +84,15 @@ def test_adapters_in_a_models_folder_do_not_change_it_unasked(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(LitAlignError):
         load_language_model(folder)
+
+
+@pytest.mark.parametrize("names", [["../other/tokenizer.0.0.json"], "tokenizer.json/..", [5]])
+def test_a_tokenizer_is_read_from_its_own_folder(tmp_path, names):
+    folder = save_tiny_model(tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"fast_tokenizer_files": ["tokenizer.json"]}))
+    load_tokenizer(folder)
+    path.write_text(json.dumps(settings | {"fast_tokenizer_files": names}))
+    with pytest.raises(ModelError, match="which is no file in its folder"):
+        load_tokenizer(folder)
