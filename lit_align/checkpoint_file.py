@@ -186,7 +186,7 @@ def newest_sound(paths: Iterable[Path]) -> Path | None:
         damage = find_damage(path)
         if damage is None:
             return path
-        rank_zero_warn(f"{path} is damaged ({damage}): the newest checkpoint before it is used")
+        rank_zero_warn(f"{path} is damaged ({damage}): the newest sound one before it is used")
     return None
 
 

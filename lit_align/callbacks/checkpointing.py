@@ -128,11 +128,20 @@ class Checkpointing(ModelCheckpoint):
         return Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints").absolute()
 
     def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
-        """What `ckpt_path: last` chooses from: the newest sound one, SLURM's among them."""
-        root = Path(trainer.default_root_dir)
-        found = [*self._folder(trainer).glob(f"*{SUFFIX}"), *root.glob(f"hpc_ckpt_*{SUFFIX}")]
-        newest = newest_sound(path for path in found if path.exists())
-        return set() if newest is None else {str(newest)}
+        """What `ckpt_path: last` chooses from: the newest sound one, SLURM's among them.
+
+        Raises:
+            TrainingError: there are some, and all are damaged.
+        """
+        root, folder = Path(trainer.default_root_dir), self._folder(trainer)
+        found = [*folder.glob(f"*{SUFFIX}"), *root.glob(f"hpc_ckpt_*{SUFFIX}")]
+        there = [path for path in found if path.exists()]
+        if there and (newest := newest_sound(there)) is None:
+            raise TrainingError(
+                f"{folder}: every checkpoint is damaged or cannot be read: bring one back, or move "
+                "them away to begin anew"
+            )
+        return {str(newest)} if there else set()
 
     # ---- when to save ------------------------------------------------------------------------
 

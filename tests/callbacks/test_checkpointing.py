@@ -58,7 +58,14 @@ def test_the_newest_stay_and_the_newest_sound_one_is_last(tiny_llama_dir, tmp_pa
     newest.write_bytes(data)
     with pytest.warns(UserWarning, match=r"step=10\.ckpt is damaged \(the checksum of .* is wrong"):
         found = Checkpointing()._find_last_checkpoints(trainer(tmp_path))
-    assert found == {str(tmp_path / "checkpoints" / "step=9.ckpt")}
+    sound = tmp_path / "checkpoints" / "step=9.ckpt"
+    assert found == {str(sound)}
+    sound.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(TrainingError, match="checkpoints: every checkpoint is damaged"),
+    ):
+        Checkpointing()._find_last_checkpoints(trainer(tmp_path))
 
 
 @pytest.mark.long
