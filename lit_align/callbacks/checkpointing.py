@@ -91,7 +91,7 @@ class Checkpointing(ModelCheckpoint):
 
     def _take_folder(self, root: Path, checkpoints: Path) -> None:
         try:
-            for folder in (root, checkpoints):
+            for folder in dict.fromkeys((root, checkpoints)):
                 folder.mkdir(parents=True, exist_ok=True)
                 if folder == root or root not in folder.parents:
                     self._held.enter_context(locked_folder(folder, TrainingError))

@@ -201,3 +201,21 @@ def test_a_checkpoint_holds_what_trains_and_what_resuming_needs(tiny_llama_dir, 
     assert sum(t.numel() for t in tensors(content)) < 3 * selected + 100
     overhead = path.stat().st_size - 4 * 3 * selected
     assert overhead < 600 * len(list(tensors(content)))  # zip's records, of 64 bytes aligned
+
+
+def test_optimisers_of_ones_own_and_checkpoints_in_the_runs_own_folder(tiny_llama_dir, tmp_path):
+    class Own(SupervisedFineTuning):
+        def configure_optimizers(self):
+            return torch.optim.Adafactor(self.parameters(), lr=1e-2)  # its eps is (None, 0.001)
+
+    def run(folder, max_epochs, ckpt_path=None):
+        module, keep = Own(str(tiny_llama_dir)), Checkpointing(folder)
+        run = trainer(folder, callbacks=[keep], enable_checkpointing=True, max_epochs=max_epochs)
+        torch.manual_seed(0)
+        run.fit(module, instructions(4, batch_size=2), ckpt_path=ckpt_path)
+        return dict(module.state_dict()), keep.best_model_path
+
+    whole, _ = run(tmp_path / "whole", 2)
+    _, half = run(tmp_path / "half", 1)
+    resumed, _ = run(tmp_path / "half", 2, half)
+    assert_equal_weights(whole, resumed)
