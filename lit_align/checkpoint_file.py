@@ -33,7 +33,7 @@ VERSION = "pytorch-lightning_version"
 SUFFIX = ".ckpt"
 KEPT = "checkpoints"  # folder of those that a run takes on its way
 NEWEST = ("last", "hpc_ckpt_")  # how the names begin that stand for the newest of a folder
-DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE_PICKLE, zipfile.BadZipFile, zlib.error)
+DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE_PICKLE, zlib.error)
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):

@@ -34,6 +34,7 @@ UNREADABLE_PICKLE: tuple[type[Exception], ...] = (
     ImportError,
     struct.error,
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
 
 
@@ -62,7 +63,7 @@ def check_tuples(pickled: bytes) -> None:
         ValueError: a tuple unfolds to more than 65,536 values, or the pickle is damaged.
     """
     stack: list[int | None] = []  # sizes; None: a mark
-    memo: dict[int, int | None] = {}
+    memo: dict[Any, int | None] = {}
     try:
         for code, argument, _ in pickletools.genops(pickled):
             if "GET" in code.name:

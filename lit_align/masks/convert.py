@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,7 +217,7 @@ def _load_tensors(path: Path) -> Mapping[str, Tensor]:
             f"{path}: holds more than tensors, and what else a pickle holds may be code, which is "
             "not run: save a plain dict of name -> tensor"
         ) from error
-    except (*UNREADABLE_PICKLE, zipfile.BadZipFile) as error:
+    except UNREADABLE_PICKLE as error:
         raise MaskError(f"{path}: cannot be read as a file of torch.save: {error}") from error
     if not isinstance(loaded, dict) or not loaded:
         raise MaskError(f"{path}: holds no dict of tensors but {type(loaded).__name__}")
