@@ -207,6 +207,12 @@ class Checkpointing(ModelCheckpoint):
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
         return by_step or time.monotonic() - self._last_saved > 60 * self.minutes
 
+    def _should_remove_checkpoint(
+        self, trainer: lightning.Trainer, previous: str, current: str
+    ) -> bool:
+        """The one that the run went on from, too: Lightning would keep one for every resumption."""
+        return previous != current and Path(str(self.dirpath)) in Path(previous).parents
+
     def _save(self, trainer: lightning.Trainer) -> None:
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_saved = time.monotonic()
@@ -232,6 +238,10 @@ class Checkpointing(ModelCheckpoint):
         if SLURMEnvironment.detect():
             path = trainer._checkpoint_connector.hpc_save_path(str(trainer.default_root_dir))
             trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                found = Path(trainer.default_root_dir).glob(f"hpc_ckpt_*{SUFFIX}")
+                for old in sorted(found, key=lambda p: p.stat().st_mtime_ns)[: -self.save_top_k]:
+                    trainer.strategy.remove_checkpoint(old)
         elif not self._should_skip_saving_checkpoint(trainer):
             self._save(trainer)
         rank_zero_info(f"SIGTERM: the run is saved at step {trainer.global_step} and ends")
