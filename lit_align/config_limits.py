@@ -54,8 +54,12 @@ def check_config_file(folder: str | Path) -> None:
     """`check_counts` of a model folder's configuration, where it has one.
 
     Raises:
-        ModelError: as `check_counts`, or the file is no JSON.
+        ModelError: as `check_counts`, the file is no JSON, or a pipe or device lies in the folder,
+            which would be read without end.
     """
+    for path in Path(folder).iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path} is no plain file")
     path = Path(folder) / CONFIG_FILE
     if path.is_file():  # else transformers says so in its own words
         check_counts(_settings(path), path)

@@ -1,6 +1,7 @@
 """Model folders that ask for more than they hold, or for code and weights that lie elsewhere."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -96,3 +97,14 @@ def test_a_tokenizer_is_read_from_its_own_folder(tmp_path, names):
     path.write_text(json.dumps(settings | {"fast_tokenizer_files": names}))
     with pytest.raises(ModelError, match="which is no file in its folder"):
         load_tokenizer(folder)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_in_a_models_folder_is_not_waited_for(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    for read in (load_language_model, load_tokenizer):
+        with pytest.raises(ModelError, match="is no plain file"):
+            read(folder)
