@@ -118,8 +118,13 @@ class CheckpointedModule(LoggedModule):
         """Name the base, the mask, the delta and the adapters that the entries belong to.
 
         Raises:
-            TrainingError: an entry is NaN or infinite: nobody could go on from there.
+            TrainingError: an entry is NaN or infinite, or not there: nobody could go on from it.
         """
+        if missing := self.state_dict().keys() - checkpoint["state_dict"].keys():
+            raise TrainingError(
+                f"no checkpoint is written: a callback (WeightAveraging?) has put something else "
+                f"in the place of what trains, {min(missing)} for one; leave that callback out"
+            )
         self._check_finite_entries(checkpoint["state_dict"])
         moved = begin_at_step(checkpoint, self.trainer)  # what came since will come again
         done = self._counted_at_step if moved else self.throughput

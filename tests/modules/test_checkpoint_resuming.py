@@ -7,10 +7,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lit_align.callbacks import Checkpointing, KeyParameterLocalization
 from lit_align.compact import AdapterSettings
+from lit_align.errors import TrainingError
 from lit_align.masks import ParameterMask
 from lit_align.modules import SupervisedFineTuning
 from tests.training_runs import (
@@ -165,6 +166,14 @@ def test_settings_that_torch_would_not_read_again(tiny_llama_dir, tmp_path):
             run.fit(module, instructions(4, batch_size=2), ckpt_path="last")
         logged.append(log.values("num_tokens"))
     assert len(logged[0]) == 2 and logged[0] == logged[1]
+
+
+def test_a_callback_that_takes_the_place_of_what_trains_is_refused(tiny_llama_dir, tmp_path):
+    """It knows the model as other modules hold it; nothing could go on from its checkpoints."""
+    callbacks = [EMAWeightAveraging(), Checkpointing(every_n_train_steps=1)]
+    run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    with pytest.raises(TrainingError, match=r"WeightAveraging\?\) has put something else"):
+        run.fit(SupervisedFineTuning(str(tiny_llama_dir)), instructions(4, batch_size=2))
 
 
 def tensors(value):
