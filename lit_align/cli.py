@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +33,7 @@ from lit_align.pipelines.plan import plan
 from lit_align.pipelines.token_auc import token_weight_auc
 from lit_align.pipelines.workbench.command import mask_command
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # of torch, in a RuntimeError
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 VERBS: dict[str, Callable[..., Any]] = {
@@ -153,6 +155,9 @@ def said_of(error: Exception) -> str | None:
             f"a file could not be written ({failure}); checkpoints and stages that were done are "
             "as they were: make room, or choose another folder, and start again"
         )
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(cause):
+        what = str(cause).partition("\n")[0]
+        return f"the memory does not suffice ({what}): take shorter rows or smaller batches"
     return str(cause) if isinstance(cause, OSError) else None
 
 
