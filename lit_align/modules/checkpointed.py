@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import PreTrainedModel
 
 from lit_align.checkpoint_content import is_count, is_seed
@@ -66,6 +67,12 @@ class CheckpointedModule(LoggedModule):
                 f"the first rank goes on after step {first}, and another one does not: checkpoints "
                 "have to lie in a folder that all machines share (trainer.default_root_dir)"
             )
+
+    def on_train_start(self) -> None:
+        """In an epoch that is gone on with, Lightning does not ask for its accumulation again."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                callback.on_train_epoch_start(self.trainer, self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers depend on the place alone, so that a resumed run draws the same."""

@@ -7,7 +7,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 
 from lit_align.callbacks import Checkpointing, KeyParameterLocalization
 from lit_align.compact import AdapterSettings
@@ -136,6 +140,22 @@ def test_lightnings_own_callback_does_not_spoil_a_resumed_run(tiny_llama_dir, tm
     path = tmp_path / "again" / "step=1.ckpt"
     assert path.exists()
     assert_equal_weights(expected, fit(tiny_llama_dir, tmp_path, ckpt_path=path)[0])
+
+
+@pytest.mark.long
+def test_amid_an_epoch_that_accumulates_otherwise(tiny_llama_dir, tmp_path):
+    def run(name, path=None):
+        callbacks = [
+            GradientAccumulationScheduler({0: 1, 1: 2}),
+            ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1),
+        ]
+        run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True, max_epochs=2)
+        module = SupervisedFineTuning(str(tiny_llama_dir), lr_scheduler="constant")
+        run.fit(module, instructions(12, batch_size=2), ckpt_path=path)
+        return dict(module.state_dict())
+
+    expected = run("whole")
+    assert_equal_weights(expected, run("again", tmp_path / "whole" / "step=7.ckpt"))
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 4}])
