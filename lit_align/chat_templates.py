@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.errors import DataError
+from lit_align.errors import DataError, ModelError
 from lit_align.language_model import UNUSABLE
 
 LONGEST_SECONDS = 10.0
@@ -25,16 +25,20 @@ def render_chat(
     """A conversation as the tokenizer's template writes it.
 
     Its code comes with the model and not with the messages, which are values to it: it reaches
-    nothing but these, and where signals can be had it is stopped after 10 seconds.
+    nothing but these, and where signals can be had it is stopped after 10 seconds (not amid one
+    operation, of numbers with millions of digits say).
 
     Raises:
-        DataError: the template ends with an error, or does not end.
+        DataError: the template ends with an error.
+        ModelError: it does not end, which other messages would only show again.
     """
     try:
         with _time_limit(LONGEST_SECONDS):
             return tokenizer.apply_chat_template(  # type: ignore[return-value]
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
+    except TimeoutError as error:
+        raise ModelError(f"the chat template does not end: {error}") from error
     except REFUSED as error:
         raise DataError(f"the chat template refuses the messages: {error}") from error
 

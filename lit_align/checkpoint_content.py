@@ -38,6 +38,12 @@ def _are(test: Test) -> Test:
     return lambda values: isinstance(values, list) and all(map(test, values))
 
 
+def _are_numbers(value: Any) -> bool:
+    """One, several, or none: Adafactor's eps is (None, 0.001)."""
+    values = value if isinstance(value, tuple | list) else [value]
+    return all(each is None or is_number(each) for each in values)
+
+
 def _is_path(value: Any) -> bool:
     """Whether it is a path that does not lead up again: Lightning removes what it reads of."""
     return isinstance(value, str) and ".." not in Path(value).parts and "\0" not in value
@@ -78,8 +84,8 @@ SCHEDULER = {
     "_last_lr": _are(is_number), "lr_lambdas": _are(lambda v: v is None or isinstance(v, dict)),
 }  # fmt: skip
 GROUP = {
-    "params": _are(lambda v: is_count(v) or isinstance(v, str)), "lr": is_number,
-    "initial_lr": is_number, "eps": is_number, "weight_decay": is_number, "rounds": is_count,
+    "params": _are(lambda v: is_count(v) or isinstance(v, str)), "lr": _are_numbers,
+    "initial_lr": is_number, "eps": _are_numbers, "weight_decay": is_number, "rounds": is_count,
     "seed": lambda v: type(v) is int, "betas": _are_betas,
 }  # fmt: skip
 SAVING = {

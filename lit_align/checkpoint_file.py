@@ -7,6 +7,7 @@ them; reading a checkpoint here does, before anything is made of it. Sharded one
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -26,13 +27,13 @@ from lit_align.sharded_checkpoint import (
     check_sharded_checkpoint,
     find_damage_of_shards,
 )
-from lit_align.unpickling import UNREADABLE_PICKLE, check_unpickled
+from lit_align.unpickling import UNREADABLE_PICKLE, check_pickles, check_unpickled
 
 VERSION = "pytorch-lightning_version"
 SUFFIX = ".ckpt"
 KEPT = "checkpoints"  # folder of those that a run takes on its way
 NEWEST = ("last", "hpc_ckpt_")  # how the names begin that stand for the newest of a folder
-DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE_PICKLE, zipfile.BadZipFile, zlib.error)
+DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE_PICKLE, zlib.error)
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -53,6 +54,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as handle:
                 torch.save(checkpoint, handle)
+                handle.flush()
+                check_readable(Path(handle.name))
         except (OSError, RuntimeError) as error:
             raise TrainingError(
                 f"{path}: the checkpoint could not be written ({reason_of(error)}); the ones "
@@ -140,17 +143,40 @@ def load_sound_rest(folder: Path) -> dict[str, Any]:
     return _read(folder / REST_FILE)
 
 
+def check_readable(path: Path) -> None:
+    """Make sure that what has been written can be read again, before what stood there goes.
+
+    Raises:
+        TrainingError: it holds something of a class that no run would take from a file.
+    """
+    try:
+        _unpickled(path)
+    except OSError:
+        raise
+    except DAMAGE as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a {found[1]}" if found else str(error)
+        raise TrainingError(
+            f"{path.parent}: no checkpoint is written, since nothing could go on from it: it would "
+            f"hold {what}; settings of modules and states of callbacks have to be plain values "
+            "(text, numbers, lists, tensors)"
+        ) from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     if damage := find_damage(path):
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({damage})")
     try:
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True
-        )
-        check_unpickled(checkpoint)
-        check_content(checkpoint)
+        return _unpickled(path)
     except DAMAGE as error:
         raise TrainingError(f"{path}: not a checkpoint, or damaged ({error})") from error
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    check_pickles(path)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    check_unpickled(checkpoint)
+    check_content(checkpoint)
     return checkpoint
 
 
@@ -160,7 +186,7 @@ def newest_sound(paths: Iterable[Path]) -> Path | None:
         damage = find_damage(path)
         if damage is None:
             return path
-        rank_zero_warn(f"{path} is damaged ({damage}): the newest checkpoint before it is used")
+        rank_zero_warn(f"{path} is damaged ({damage}): the newest sound one before it is used")
     return None
 
 

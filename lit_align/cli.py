@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_align.callbacks import Checkpointing, LogpsWriter
+from lit_align.callbacks.checkpointing import SIGTERM_STATUS
+from lit_align.checkpoint_file import choose_sound
 from lit_align.errors import LitAlignError
 from lit_align.files import write_failure
 from lit_align.modules import LanguageModelModule
@@ -30,6 +33,7 @@ from lit_align.pipelines.plan import plan
 from lit_align.pipelines.token_auc import token_weight_auc
 from lit_align.pipelines.workbench.command import mask_command
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # of torch, in a RuntimeError
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning finds the file itself
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 VERBS: dict[str, Callable[..., Any]] = {
@@ -82,8 +86,10 @@ class AlignCLI(LightningCLI):
         They name a model and may ask for the code that it brings: whoever starts a command does.
         """
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in CHECKPOINT_WORDS and not Path(path).is_dir():  # (of shards)
-            read_checkpoint(path)
+        if path and path not in CHECKPOINT_WORDS:
+            chosen = choose_sound(Path(path))
+            if not chosen.is_dir():  # (of shards)
+                read_checkpoint(chosen)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """A Trainer with CSV and TensorBoard loggers by default."""
@@ -126,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             COMMANDS[verb](words[1:])
         else:
             auto_cli(VERBS[verb], args=words[1:], prog=f"lit-align {verb}", as_positional=False)
+    except SIGTERMException as ended:  # without Checkpointing Lightning would say that all is done
+        ended.code = SIGTERM_STATUS
+        raise
     except Exception as error:
         if (said := said_of(error)) is None:
             raise  # a defect of ours: its traceback is wanted
@@ -146,6 +155,9 @@ def said_of(error: Exception) -> str | None:
             f"a file could not be written ({failure}); checkpoints and stages that were done are "
             "as they were: make room, or choose another folder, and start again"
         )
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(cause):
+        what = str(cause).partition("\n")[0]
+        return f"the memory does not suffice ({what}): take shorter rows or smaller batches"
     return str(cause) if isinstance(cause, OSError) else None
 
 

@@ -11,7 +11,9 @@ from lit_align.errors import ModelError
 from lit_align.strict_json import MAX_BYTES, check_depth
 
 CONFIG_FILE = "config.json"
-COUNTED = re.compile(r".*(layers?|blocks|experts|groups|depth)")  # names of how many there are
+TOKENIZER_FILE = "tokenizer_config.json"
+# Names of how many there are of something that is made one by one.
+COUNTED = re.compile(r".*(layers?|blocks|experts|groups|depth|codebooks|num_labels)")
 MOST = 10_000
 # Names of what computes a part of it: transformers takes `owner/name` for code from the hub.
 PROGRAMS = re.compile(r".*_implementation(_internal)?")
@@ -52,17 +54,37 @@ def check_config_file(folder: str | Path) -> None:
     """`check_counts` of a model folder's configuration, where it has one.
 
     Raises:
-        ModelError: as `check_counts`, or the file is no JSON.
+        ModelError: as `check_counts`, the file is no JSON, or a pipe or device lies in the folder,
+            which would be read without end.
     """
+    for path in Path(folder).iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path} is no plain file")
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return  # transformers says so in its own words
+    if path.is_file():  # else transformers says so in its own words
+        check_counts(_settings(path), path)
+
+
+def check_tokenizer_files(folder: str | Path) -> None:
+    """See that a tokenizer's settings name no file outside its folder: transformers would read it.
+
+    Raises:
+        ModelError: they do, or are no JSON.
+    """
+    path = Path(folder) / TOKENIZER_FILE
+    names = _settings(path).get("fast_tokenizer_files", []) if path.is_file() else []
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ModelError(f"{path} names {name!r:.200}, which is no file in its folder")
+
+
+def _settings(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no model configuration: {error}") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path} is no model configuration: no JSON object")
-    check_counts(settings, path)
+    return settings

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lit_align.claimed_sizes import check_claims
-from lit_align.config_limits import check_config_file
+from lit_align.config_limits import check_config_file, check_tokenizer_files
 from lit_align.errors import ModelError
 from lit_align.gguf_alias import ALIAS, alias_dir
 from lit_align.shards import refuse_shards
@@ -174,6 +174,7 @@ def load_tokenizer(
     """
     folder = resolve_model(name_or_path, trust_remote_code=trust_remote_code)
     check_config_file(folder)  # transformers reads it to find out the tokenizer's class
+    check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

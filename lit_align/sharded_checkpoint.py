@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from lit_align.errors import TrainingError
 from lit_align.files import sha256_of_file, sync_folder, write_atomically
 from lit_align.strict_json import read_json_file
-from lit_align.unpickling import UNREADABLE_PICKLE
+from lit_align.unpickling import UNREADABLE_PICKLE, check_tuples
 
 METADATA_FILE = ".metadata"
 REST_FILE = "meta.pt"  # Lightning's: whatever is not sharded
@@ -62,8 +62,9 @@ def check_sharded_checkpoint(folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        with (folder / METADATA_FILE).open("rb") as file:
-            metadata = _HarmlessUnpickler(file).load()
+        described = (folder / METADATA_FILE).read_bytes()
+        check_tuples(described)
+        metadata = _HarmlessUnpickler(io.BytesIO(described)).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it is a {type(metadata).__name__}")
         parts = dict(metadata.storage_data)

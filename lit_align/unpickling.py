@@ -7,7 +7,10 @@ machine holds: lists that hold one another again and again, tensors that repeat 
 from __future__ import annotations
 
 import pickle
+import pickletools
 import struct
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 MOST_PARTS = 1 << 26  # values and characters that a checkpoint unfolds to
 DEEPEST = 100
+MOST_IN_A_TUPLE = 1 << 16
 
 # `weights_only=True` lets nothing run, but what it meets in a damaged file it does not catch.
 UNREADABLE_PICKLE: tuple[type[Exception], ...] = (
@@ -30,7 +34,62 @@ UNREADABLE_PICKLE: tuple[type[Exception], ...] = (
     ImportError,
     struct.error,
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
+
+
+def check_pickles(path: Path) -> None:
+    """`check_tuples` of the pickles in a file of `torch.save`; what is no archive has none.
+
+    Raises:
+        ValueError: as `check_tuples`.
+        zipfile.BadZipFile: the archive is damaged.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.filename.endswith(".pkl"):
+                    if record.compress_type != zipfile.ZIP_STORED:  # it could claim any size
+                        raise ValueError(f"{record.filename} is compressed")
+                    check_tuples(archive.read(record))
+
+
+def check_tuples(pickled: bytes) -> None:
+    """Refuse tuples that hold one another so often that hashing one, as a key is, does not end.
+
+    Nothing is made of the pickle: of all its values, the sizes of tuples are followed.
+
+    Raises:
+        ValueError: a tuple unfolds to more than 65,536 values, or the pickle is damaged.
+    """
+    stack: list[int | None] = []  # sizes; None: a mark
+    memo: dict[Any, int | None] = {}
+    try:
+        for code, argument, _ in pickletools.genops(pickled):
+            if "GET" in code.name:
+                stack.append(memo[argument])
+            elif "PUT" in code.name or code.name == "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            else:
+                _follow(code, stack)
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"a damaged pickle: {error!r}") from error
+
+
+def _follow(code: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
+    """What one operation does to the sizes on the stack."""
+    inner: list[Any] = []
+    if pickletools.markobject in code.stack_before:
+        while (size := stack.pop()) is not None:
+            inner.append(size)
+        if code.stack_before[0] is not pickletools.markobject:
+            return  # into the list or dict below the mark
+    else:
+        inner = [stack.pop() for _ in code.stack_before]
+    size = 1 + sum(inner) if "TUPLE" in code.name else 1
+    if size > MOST_IN_A_TUPLE:
+        raise ValueError("a tuple that unfolds to more values than anybody stores")
+    stack += [None if kind is pickletools.markobject else size for kind in code.stack_after]
 
 
 def check_unpickled(value: Any) -> None:

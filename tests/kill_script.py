@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ class Killer(Callback):
         self.kind, number, seconds = (*when.split(":"), "0", "0")[:3]
         self.left, self.seconds = int(number), float(seconds)
 
-    def moment(self, kind: str) -> None:
+    def moment(self, kind: str, before: Callable[[], Any] | None = None) -> None:
         if kind == self.kind:
             self.left -= 1
             if self.left == 0:
+                if before is not None:
+                    before()
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_start(self, trainer, pl_module):
@@ -72,11 +75,7 @@ def half_written(killer: Killer) -> None:
 
     def save_in_two(checkpoint, handle):
         save(checkpoint, handle)
-        size = handle.tell()
-        if killer.kind == "write":
-            handle.truncate(size // 2)
-            handle.flush()
-        killer.moment("write")
+        killer.moment("write", lambda: handle.truncate(handle.tell() // 2))
 
     lit_align.checkpoint_file.torch.save = save_in_two
 

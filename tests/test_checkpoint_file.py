@@ -88,6 +88,16 @@ def test_code_in_it_is_not_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_could_not_be_read_again_is_not_written(path):
+    """A setting or a callback's state of a class that `weights_only` refuses."""
+    content = CONTENT | {"callbacks": {"mine": {"where": path}}}
+    message = r"new: no checkpoint is written, .* hold a pathlib\S*Path; "
+    with pytest.raises(TrainingError, match=message):
+        VerifiedCheckpointIO().save_checkpoint(content, path)
+    assert same(load_sound(path))  # what stood there
+    assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
+
+
 def test_the_newest_sound_one_is_found(tmp_path):
     paths = [tmp_path / name for name in ("last.ckpt", "last-v1.ckpt", "last-v2.ckpt")]
     for age, path in enumerate(paths):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_align.cli import COMMANDS, VERBS, main
+from lit_align.cli import COMMANDS, VERBS, main, said_of
 from lit_align.masks import ParameterMask
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -389,6 +389,14 @@ def test_bad_input_ends_with_its_message(words, message, capsys, fitted, model, 
 )
 def test_wrong_options_end_with_usage(words, message, capsys):
     assert message in fails(capsys, *words.split(), code=2)
+
+
+def test_too_little_memory_ends_with_a_message_and_our_own_defects_with_a_traceback():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert "the memory does not suffice" in (said_of(error) or "")
+    assert said_of(RuntimeError("a defect")) is None
 
 
 def test_bad_rows_are_counted_and_nothing_is_trained(model, capsys):

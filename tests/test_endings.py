@@ -120,6 +120,24 @@ def test_sigterm_of_a_command_started_as_users_do(commands, whole, tiny_llama_di
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize("more", [(), ("--trainer.callbacks+=lit_align.callbacks.Checkpointing",)])
+def test_sigterm_with_a_callback_of_lightnings(more, commands, whole, tiny_llama_dir, tmp_path):
+    """Alone it saves at its own times; with ours beside it, there too."""
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true")
+    words = fit(tiny_llama_dir, tmp_path, LONGER, *own, *more)
+    process = commands.start(words)
+    for _ in range(6000):
+        if any(tmp_path.rglob("last.ckpt")):
+            break
+        time.sleep(0.01)
+    os.kill(process, signal.SIGTERM)
+    assert commands.wait(process) == 143
+    assert ("SIGTERM: the run is saved" in commands.said()) == bool(more)
+    if more:
+        assert commands.run([*words, "--ckpt_path=last"])[0] == 0
+        assert_same_end(tmp_path, whole)
+
+
 def test_slurm_preempts_and_the_job_goes_on(commands, whole, tiny_llama_dir, tmp_path):
     """Its signal saves and asks for another turn, and SIGTERM ends it; then its node dies."""
     scontrol = tmp_path / "bin" / "scontrol"
@@ -315,3 +333,14 @@ def test_a_pipeline_killed_inside_every_stage(name, commands, tiny_llama_dir, tm
         one, other = load_file(whole / path), load_file(killed / path)
         assert one.keys() == other.keys(), path
         assert all(torch.equal(one[key], other[key]) for key in one), path
+
+
+def test_last_by_its_name_stands_for_the_newest_sound_one(commands, tiny_llama_dir, tmp_path):
+    """As Lightning's own ModelCheckpoint writes it, with `save_last`."""
+    once = "--trainer.max_epochs=1"
+    assert commands.run(fit(tiny_llama_dir, tmp_path, once))[0] == 0
+    newest = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    path = newest.with_name("last.ckpt")
+    path.write_bytes(newest.read_bytes()[:-1000])
+    assert commands.run(fit(tiny_llama_dir, tmp_path, once, f"--ckpt_path={path}"))[0] == 0
+    assert f"{newest} is the newest sound checkpoint: read in place of {path}" in commands.said()

@@ -130,6 +130,21 @@ def test_two_ranks_killed_end_like_one_process(tiny_llama_dir, tmp_path):
 
 
 @pytest.mark.long
+def test_ranks_that_find_different_checkpoints_do_not_train(tiny_llama_dir, tmp_path):
+    """As where each machine has a disk of its own, and the first rank alone writes."""
+    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for kill, ending in (("step:3", "killed"), ("", "status 1")):
+        said, port = [], free_port()
+        runs = [{"out": str(tmp_path / out), "kill": kill, "port": port} for out in "ab"]
+        ranks = [
+            started(tiny_llama_dir, [r], **place, LOCAL_RANK=str(i)) for i, r in enumerate(runs)
+        ]
+        assert [ends(rank, said) for rank in ranks] == [[ending], [ending]], said
+    message = "TrainingError: the first rank goes on after step 2, and another one does not: "
+    assert len(re.findall(message, "".join(said))) == 2, said
+
+
+@pytest.mark.long
 def test_a_full_disk_is_an_error_of_both_ranks(disk, tiny_llama_dir, tmp_path):
     """The one that does not write would wait for the other."""
     on_two(tiny_llama_dir, [{"out": str(tmp_path / "whole"), "port": free_port()}])

@@ -91,7 +91,7 @@ class Checkpointing(ModelCheckpoint):
 
     def _take_folder(self, root: Path, checkpoints: Path) -> None:
         try:
-            for folder in (root, checkpoints):
+            for folder in dict.fromkeys((root, checkpoints)):
                 folder.mkdir(parents=True, exist_ok=True)
                 if folder == root or root not in folder.parents:
                     self._held.enter_context(locked_folder(folder, TrainingError))
@@ -128,11 +128,20 @@ class Checkpointing(ModelCheckpoint):
         return Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints").absolute()
 
     def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
-        """What `ckpt_path: last` chooses from: the newest sound one, SLURM's among them."""
-        root = Path(trainer.default_root_dir)
-        found = [*self._folder(trainer).glob(f"*{SUFFIX}"), *root.glob(f"hpc_ckpt_*{SUFFIX}")]
-        newest = newest_sound(path for path in found if path.exists())
-        return set() if newest is None else {str(newest)}
+        """What `ckpt_path: last` chooses from: the newest sound one, SLURM's among them.
+
+        Raises:
+            TrainingError: there are some, and all are damaged.
+        """
+        root, folder = Path(trainer.default_root_dir), self._folder(trainer)
+        found = [*folder.glob(f"*{SUFFIX}"), *root.glob(f"hpc_ckpt_*{SUFFIX}")]
+        there = [path for path in found if path.exists()]
+        if there and (newest := newest_sound(there)) is None:
+            raise TrainingError(
+                f"{folder}: every checkpoint is damaged or cannot be read: bring one back, or move "
+                "them away to begin anew"
+            )
+        return {str(newest)} if there else set()
 
     # ---- when to save ------------------------------------------------------------------------
 
@@ -198,6 +207,12 @@ class Checkpointing(ModelCheckpoint):
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
         return by_step or time.monotonic() - self._last_saved > 60 * self.minutes
 
+    def _should_remove_checkpoint(
+        self, trainer: lightning.Trainer, previous: str, current: str
+    ) -> bool:
+        """The one that the run went on from, too: Lightning would keep one for every resumption."""
+        return previous != current and Path(str(self.dirpath)) in Path(previous).parents
+
     def _save(self, trainer: lightning.Trainer) -> None:
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_saved = time.monotonic()
@@ -223,6 +238,10 @@ class Checkpointing(ModelCheckpoint):
         if SLURMEnvironment.detect():
             path = trainer._checkpoint_connector.hpc_save_path(str(trainer.default_root_dir))
             trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                found = Path(trainer.default_root_dir).glob(f"hpc_ckpt_*{SUFFIX}")
+                for old in sorted(found, key=lambda p: p.stat().st_mtime_ns)[: -self.save_top_k]:
+                    trainer.strategy.remove_checkpoint(old)
         elif not self._should_skip_saving_checkpoint(trainer):
             self._save(trainer)
         rank_zero_info(f"SIGTERM: the run is saved at step {trainer.global_step} and ends")

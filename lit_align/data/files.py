@@ -94,7 +94,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _load_dataset(source: str, streaming: bool) -> datasets.IterableDataset:
     """A saved folder, or a data set of the hub."""
     import datasets
 
@@ -105,15 +105,21 @@ def _load_dataset(source: str, streaming: bool) -> datasets.Dataset | datasets.I
             split = split or "train"
             if split not in loaded:
                 raise DataError(f"{name}: no split {split!r}; there are {', '.join(loaded)}")
-            return loaded[split]
-        return loaded
+            loaded = loaded[split]
+        return _undecoded(loaded.to_iterable_dataset())
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
         raise DataError(f"{source}: no such file or folder")
     try:
         options = {"streaming": True} if streaming else {}
-        return datasets.load_dataset(name, split=split or "train", **options)
+        loaded = datasets.load_dataset(name, split=split or "train", **options)
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: neither here nor readable from the hub: {error}") from error
+    return _undecoded(loaded if streaming else loaded.to_iterable_dataset())
+
+
+def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The rows, none of which opens what it names: images and sounds are paths and addresses."""
+    return rows.decode(False) if rows.features else rows
 
 
 def _load_folder(folder: Path) -> datasets.Dataset | datasets.DatasetDict:

@@ -7,6 +7,7 @@ import datetime
 import decimal
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import pyarrow
 import pyarrow.parquet
 
 from lit_align.data.bad_rows import BadRowError, BadRows
+from lit_align.data.schema import texts_in
 from lit_align.errors import DataError
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 
-BATCH_ROWS = 256  # read at a time: conversations are long
+BATCH_ROWS = 16  # read at a time: conversations are long
 MOST_PACKED = 1000  # times a Parquet file's size
 SMALL_BYTES = 1 << 26
 LONGEST_CELL = 2**31 - 1  # Python's own limit, 128 KiB, is less than a long conversation
@@ -46,29 +48,33 @@ def read_parquet(path: Path, bad_rows: BadRows) -> NumberedRows:
         DataError: the file is no Parquet file, is damaged, or claims to unpack to more than 1000
             times its size.
     """
-    number = 0
+    number = unpacked = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_claims(path, file.metadata)
+            claimed = file.metadata  # its columns' are not asked: pyarrow aborts at damaged ones
+            groups = (claimed.row_group(i).total_byte_size for i in range(claimed.num_row_groups))
+            _check_size(path, max(sum(groups), claimed.num_rows))
             for batch in file.iter_batches(BATCH_ROWS):
                 for row in batch_rows(batch):
                     number += 1
                     if isinstance(row, BadRowError):
                         bad_rows.add(str(path), number, row, None)
-                    else:
-                        yield number, row
+                        continue
+                    # A text that the file has once may be that of every row.
+                    unpacked += sum(map(len, texts_in(row)))
+                    _check_size(path, unpacked)
+                    yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged after row {number}, or no Parquet: {error}") from error
 
 
-def _check_claims(path: Path, metadata: pyarrow.parquet.FileMetaData) -> None:
+def _check_size(path: Path, unpacked: int) -> None:
     """Raise DataError for a file that is made to fill the memory: text packs 100 times at best."""
-    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    unpacked = max(sum(groups), metadata.num_rows)
-    if unpacked > SMALL_BYTES + MOST_PACKED * path.stat().st_size:
+    packed = path.stat().st_size
+    if unpacked > SMALL_BYTES + MOST_PACKED * packed:
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes that claim to be {metadata.num_rows} rows of "
-            f"{unpacked} bytes: not read; write it anew if that is true"
+            f"{path}: {packed} bytes that claim to be {unpacked} bytes of rows: not read; write it "
+            "anew if that is true"
         )
 
 
@@ -176,8 +182,9 @@ def _header(path: Path, records: Iterator[tuple[int, list[str]]], bad_rows: BadR
     named = [name for name in header if name]
     if not named:
         raise DataError(f"{path}: a CSV file begins with the names of its columns")
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise DataError(f"{path}: two columns are called {twice[0]!r}")
+    name, times = Counter(named).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{path}: two columns are called {name!r}")
     return header
 
 

@@ -23,7 +23,7 @@ from lit_align.masks.linear_layers import module_names, output_head
 from lit_align.masks.metadata import MaskMetadata
 from lit_align.masks.parameter_mask import ParameterMask, named_shapes
 from lit_align.strict_json import read_json_file
-from lit_align.unpickling import UNREADABLE_PICKLE
+from lit_align.unpickling import UNREADABLE_PICKLE, check_pickles
 
 CHUNK = 2**22  # entries; a multiple of 8, so that chunks end on a byte of the bitmap
 ALL_LINEAR = "all-linear"
@@ -210,6 +210,7 @@ def read_targets(path: str | Path) -> list[str] | str:
 
 def _load_tensors(path: Path) -> Mapping[str, Tensor]:
     try:
+        check_pickles(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise MaskError(

@@ -32,9 +32,10 @@ _DOCUMENT_KEYS = {"metadata", "parameters", "digest"}
 FLOATS = ("F16", "BF16", "F32", "F64")
 MAX_DIMENSIONS = 16  # more make products of shapes slow, and torch knows no more than 64
 # Rows of a parameter are a few bytes in a file, whatever size it says that the parameter has, and
-# its entries are gone through for the digest. No model of today comes near either.
+# its entries are gone through for the digest, some rows at a time. No model of today comes near.
+MAX_ROW_LENGTH = 2**22
 MAX_ENTRIES_WITH_ROWS = 2**36
-MAX_ALL_ENTRIES_WITH_ROWS = 2**41
+MAX_ALL_ENTRIES_WITH_ROWS = 2**40
 _PARAMETER_KEYS = {"name", "kind", "shape", "axis"}
 
 
@@ -65,8 +66,7 @@ def write(
         raise MaskError(f"{path}: the mask's metadata does not fit JSON: {error}") from error
     tensors = {name: t for name, s in selections.items() if (t := _tensor(s)) is not None}
     tensors |= extra_tensors or {}
-    for parameter in document["parameters"]:
-        _check_parameter(path, parameter)  # or nobody could read it
+    _check_parameters(path, document["parameters"])  # or nobody could read it
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, {_KEY: text}))
 
@@ -160,12 +160,21 @@ def _document(path: Path, text: str | None) -> dict[str, Any]:
         raise MaskError(f"{path}: its JSON document is damaged: the checksum does not match")
     if not isinstance(document["parameters"], list):
         raise MaskError(f"{path}: the list of parameters is missing")
-    for parameter in document["parameters"]:
-        _check_parameter(path, parameter)
-    of_rows = [math.prod(p["shape"]) for p in document["parameters"] if p["kind"] == "rows"]
-    if max(of_rows, default=0) > MAX_ENTRIES_WITH_ROWS or sum(of_rows) > MAX_ALL_ENTRIES_WITH_ROWS:
-        raise MaskError(f"{path}: its parameters would have {sum(of_rows)} entries: no model has")
+    _check_parameters(path, document["parameters"])
     return document
+
+
+def _check_parameters(path: Path, parameters: list[Any]) -> None:
+    for parameter in parameters:
+        _check_parameter(path, parameter)
+    of_rows = [p["shape"] for p in parameters if p["kind"] == "rows"]
+    entries = [math.prod(shape) for shape in of_rows]
+    if (
+        max((shape[-1] for shape in of_rows if shape), default=0) > MAX_ROW_LENGTH
+        or max(entries, default=0) > MAX_ENTRIES_WITH_ROWS
+        or sum(entries) > MAX_ALL_ENTRIES_WITH_ROWS
+    ):
+        raise MaskError(f"{path}: its parameters would have {sum(entries)} entries: no model has")
 
 
 def _check_parameter(path: Path, parameter: Any) -> None:

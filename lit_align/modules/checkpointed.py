@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import PreTrainedModel
 
 from lit_align.checkpoint_content import is_count, is_seed
@@ -22,6 +23,7 @@ from lit_align.compact.rank_allocation import (
 )
 from lit_align.errors import TrainingError
 from lit_align.modules.logged import LoggedModule
+from lit_align.modules.metric_log import Throughput
 from lit_align.modules.resuming import begin_at_step, check_place, seed_batch
 from lit_align.modules.sharded_reading import read_whole
 from lit_align.modules.sharded_saving import verify_checkpoints
@@ -47,6 +49,30 @@ class CheckpointedModule(LoggedModule):
     def setup(self, stage: str) -> None:
         """Have checkpoints written whole and verified, unless the user brings a plugin."""
         verify_checkpoints(self.trainer.strategy, self._check_identity)
+        if stage == "fit":  # a module may be fitted again, in a notebook
+            self.throughput, self.run_seed, self._ends_later = Throughput(), None, False
+            self._counted_at_step = copy.copy(self.throughput)
+            self._stepped = self.logged_step = 0
+
+    def on_fit_start(self) -> None:
+        """Refuse to train where ranks have read different checkpoints, or only some read one.
+
+        Raises:
+            TrainingError: the folder is not the same on all machines.
+        """
+        strategy = self.trainer.strategy
+        first = strategy.broadcast(self._stepped)
+        if strategy.reduce_boolean_decision(first != self._stepped, all=False):
+            raise TrainingError(
+                f"the first rank goes on after step {first}, and another one does not: checkpoints "
+                "have to lie in a folder that all machines share (trainer.default_root_dir)"
+            )
+
+    def on_train_start(self) -> None:
+        """In an epoch that is gone on with, Lightning does not ask for its accumulation again."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                callback.on_train_epoch_start(self.trainer, self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers depend on the place alone, so that a resumed run draws the same."""
@@ -99,8 +125,13 @@ class CheckpointedModule(LoggedModule):
         """Name the base, the mask, the delta and the adapters that the entries belong to.
 
         Raises:
-            TrainingError: an entry is NaN or infinite: nobody could go on from there.
+            TrainingError: an entry is NaN or infinite, or not there: nobody could go on from it.
         """
+        if missing := self.state_dict().keys() - checkpoint["state_dict"].keys():
+            raise TrainingError(
+                f"no checkpoint is written: a callback (WeightAveraging?) has put something else "
+                f"in the place of what trains, {min(missing)} for one; leave that callback out"
+            )
         self._check_finite_entries(checkpoint["state_dict"])
         moved = begin_at_step(checkpoint, self.trainer)  # what came since will come again
         done = self._counted_at_step if moved else self.throughput

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
@@ -102,6 +104,7 @@ class LoadedModule(ReferencedModule):
             )
         super().__init__()
         self.save_hyperparameters()
+        self.hparams.update({name: _plain(value) for name, value in self.hparams.items()})
         self.adapter = AdapterSettings.of(adapter)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -258,3 +261,10 @@ def _disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):  # given to attention at each call
                 setattr(module, name, 0.0)
+
+
+def _plain(setting: Any) -> Any:
+    """A setting as checkpoints can hold it: no Path, no number of numpy's."""
+    if isinstance(setting, os.PathLike):
+        return os.fspath(setting)
+    return setting.item() if isinstance(setting, np.generic) else setting

@@ -177,8 +177,8 @@ def _check_values(
     if metadata.get("checksum") != _checksum(metadata["key"], tensors):
         raise _damaged(path, "its checksum does not match")
     lengths, logps = tensors["lengths"], tensors["logps"]
-    digests = tensors["digests"]
-    if len({row.tobytes() for row in digests}) < len(digests):
+    digests = tensors["digests"].view(f"V{DIGEST_BYTES}").ravel().tolist()
+    if len(set(digests)) < len(digests):
         raise _damaged(path, "a digest is there twice")
     # Each on its own first: a sum of any numbers could overflow to the right one.
     in_range = lengths.min(initial=1) >= 1 and lengths.max(initial=0) <= len(logps)

@@ -10,15 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lit_align.checkpoint_file import load_sound_rest
 from lit_align.errors import TrainingError
-from lit_align.modules.sharded_saving import reason_on_ranks
-from lit_align.unpickling import UNREADABLE_PICKLE
+from lit_align.modules.sharded_saving import UNREADABLE, reason_on_ranks
 
-UNREADABLE: tuple[type[BaseException], ...] = (*UNREADABLE_PICKLE, CheckpointException)
 MODEL = "state_dict."  # of the names of what trains; the optimiser's state stays on the disk
 
 

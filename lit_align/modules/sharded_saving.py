@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align.checkpoint_file import (
     VerifiedCheckpointIO,
+    check_readable,
     choose_sound,
     load_sound,
     load_sound_rest,
@@ -101,11 +102,23 @@ def _save_by_one(
 
 def _own_records(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     names = [path.name for path in folder.glob(f"__{rank}_*")]
-    return file_records(folder, [*names, METADATA_FILE, REST_FILE] if rank == 0 else names)
+    if rank == 0:
+        check_readable(folder / REST_FILE)
+        names += [METADATA_FILE, REST_FILE]
+    return file_records(folder, names)
 
 
 def _publish(partial: Path, path: Path, records: dict[str, dict[str, Any]]) -> None:
-    """Give a folder that is complete its name; what stood there goes."""
+    """Give a folder that is complete its name; what stood there goes.
+
+    Raises:
+        TrainingError: other ranks have written elsewhere.
+    """
+    if elsewhere := [name for name in records if not (partial / name).is_file()]:
+        raise TrainingError(
+            f"{path}: {elsewhere[0]} of another rank is not there: the folder has to be one that "
+            "all machines share; choose another trainer.default_root_dir"
+        )
     write_checksums(partial, records)
     replaced = partial.with_name(f"{partial.name.removesuffix('.partial')}.old.partial")
     if path.exists():

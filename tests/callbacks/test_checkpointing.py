@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import socket
 
@@ -50,7 +51,9 @@ def whole(tiny_llama_dir, tmp_path_factory):
 
 
 def test_the_newest_stay_and_the_newest_sound_one_is_last(tiny_llama_dir, tmp_path):
-    fit(tiny_llama_dir, tmp_path)
+    """In a run that has been resumed."""
+    fit(tiny_llama_dir, tmp_path, max_steps=3)
+    fit(tiny_llama_dir, tmp_path, ckpt_path="last")
     assert names(tmp_path / "checkpoints") == ["step=10.ckpt", "step=9.ckpt"]
     newest = tmp_path / "checkpoints" / "step=10.ckpt"
     data = bytearray(newest.read_bytes())
@@ -58,7 +61,14 @@ def test_the_newest_stay_and_the_newest_sound_one_is_last(tiny_llama_dir, tmp_pa
     newest.write_bytes(data)
     with pytest.warns(UserWarning, match=r"step=10\.ckpt is damaged \(the checksum of .* is wrong"):
         found = Checkpointing()._find_last_checkpoints(trainer(tmp_path))
-    assert found == {str(tmp_path / "checkpoints" / "step=9.ckpt")}
+    sound = tmp_path / "checkpoints" / "step=9.ckpt"
+    assert found == {str(sound)}
+    sound.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(TrainingError, match="checkpoints: every checkpoint is damaged"),
+    ):
+        Checkpointing()._find_last_checkpoints(trainer(tmp_path))
 
 
 @pytest.mark.long
@@ -102,9 +112,16 @@ def slurm(monkeypatch):
 
 
 def test_preempted_by_slurm_goes_on_by_itself(whole, slurm, tiny_llama_dir, tmp_path):
+    """Of what earlier turns left, the newest two stay."""
     with pytest.raises(SystemExit):
         fit(tiny_llama_dir, tmp_path, At(3, terminate), saving=Checkpointing(minutes=60))
     assert "hpc_ckpt_1.ckpt" in names(tmp_path)
+    for number in (2, 3):
+        shutil.copy(tmp_path / "hpc_ckpt_1.ckpt", tmp_path / f"hpc_ckpt_{number}.ckpt")
+    with pytest.raises(SystemExit):
+        fit(tiny_llama_dir, tmp_path, At(5, terminate), saving=Checkpointing(minutes=60))
+    found = {path.name for path in tmp_path.glob("hpc*")}
+    assert found == {"hpc_ckpt_3.ckpt", "hpc_ckpt_4.ckpt"}
     resumed = fit(tiny_llama_dir, tmp_path, saving=Checkpointing(minutes=60))
     assert_equal_weights(whole, resumed)
 

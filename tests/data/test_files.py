@@ -81,7 +81,7 @@ def test_hub_ids_take_a_split(monkeypatch):
 
     def load_dataset(name, split):
         calls.append((name, split))
-        return ROWS
+        return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("owner/name")[0] == [(1, ROWS[0]), (2, ROWS[1])]

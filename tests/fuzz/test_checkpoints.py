@@ -1,13 +1,20 @@
 """Checkpoints that are sound files of torch, load with `weights_only=True`, and mean harm."""
 
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
 import pytest
 import torch
 
 from lit_align.checkpoint_file import load_sound
-from lit_align.errors import TrainingError
+from lit_align.errors import MaskError, TrainingError
 from lit_align.language_model import fingerprint
+from lit_align.masks.convert import ModelNames, read_allo
 from lit_align.pipelines.commands import export
-from lit_align.unpickling import check_unpickled
+from lit_align.sharded_checkpoint import METADATA_FILE, check_sharded_checkpoint
+from lit_align.unpickling import check_tuples, check_unpickled
 from tests.fuzz.limits import little_memory
 from tests.tiny_models import save_tiny_model, tiny_model
 
@@ -47,6 +54,35 @@ def test_what_unfolds_without_end(sound, tmp_path, key):
     torch.save(sound | {key: laughing()}, tmp_path / "x.ckpt")
     with pytest.raises(TrainingError, match="unfolds to more values"):
         load_sound(tmp_path / "x.ckpt")
+
+
+# {t60: 1}, each tuple t twice the one before it: Python hashes 2^60 values to look the key up.
+TUPLES = b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+ENDLESS_KEY = b"\x80\x02})q\x00" + TUPLES + b"K\x01s."
+
+
+@pytest.mark.timeout(60)
+def test_a_key_that_is_not_hashed_without_end(sound, tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save(sound, tmp_path / "sound")
+    with zipfile.ZipFile(tmp_path / "sound") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, ENDLESS_KEY if name.endswith("data.pkl") else old.read(name))
+    with pytest.raises(TrainingError, match="a tuple that unfolds"):
+        load_sound(path)
+    with pytest.raises(MaskError, match="a tuple that unfolds"):
+        read_allo(path, ModelNames.of_model(tiny_model()))
+    (tmp_path / METADATA_FILE).write_bytes(ENDLESS_KEY)
+    with pytest.raises(TrainingError, match="a tuple that unfolds"):
+        check_sharded_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_ordinary_pickles_are_let_through(sound, protocol):
+    shared = (0.9, 0.999)
+    value = {"a": [{"betas": shared}, {"betas": shared}], (1, 2): ({3, 4}, b"x", 2**70, -1.5, None)}
+    check_tuples(pickle.dumps([value, value, OrderedDict(x=Path("y"))], protocol))
+    check_tuples(pickle.dumps([*range(3000), ()], protocol))
 
 
 def test_lists_that_hold_themselves_and_texts_that_repeat():

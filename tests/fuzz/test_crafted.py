@@ -57,8 +57,9 @@ ROWS = {"w": torch.tensor([0, 7], dtype=torch.int32)}
     [
         ([2**20, 2**20], 0, "no model has"),  # a terabyte of rows
         ([2**20, 2**20], 1, "no model has"),
+        ([8, 2**30], 0, "no model has"),  # hours of them
         ([2**40], 0, "no model has"),
-        ([2**34], 0, "has no rows"),  # and so no reason to list its entries
+        ([2**22], 0, "has no rows"),  # and so no reason to list its entries
         ([2**63, 2**63], 0, "no model has"),
         ([1] * 40, 0, "malformed"),
     ],

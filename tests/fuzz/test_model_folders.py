@@ -1,6 +1,7 @@
 """Model folders that ask for more than they hold, or for code and weights that lie elsewhere."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def spoil_config(folder, **settings):
         ("llama", {"hidden_size": 1 << 29, "head_dim": 8}, ["weight"], "has no|0 tensors"),
         ("llama", {"num_hidden_layers": 9999}, [], "is 9999, and the files have 20 tensors"),
         ("llama", {"num_hidden_layers": 2**31}, [], "no model has so many"),
+        ("llama", {"num_labels": 10**9}, [], "no model has so many"),
+        ("llama", {"model_type": "musicgen_decoder", "num_codebooks": 10**9}, [], "no model has"),
         ("llama", {"intermediate_size": 2**62}, [], "overflow"),
         ("gpt2", {"n_positions": 10**6}, ["wpe"], "values in parameters"),
         ("mixtral", {"num_local_experts": 9999}, ["experts"], "values in parameters"),
@@ -82,3 +85,26 @@ def test_adapters_in_a_models_folder_do_not_change_it_unasked(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(LitAlignError):
         load_language_model(folder)
+
+
+@pytest.mark.parametrize("names", [["../other/tokenizer.0.0.json"], "tokenizer.json/..", [5]])
+def test_a_tokenizer_is_read_from_its_own_folder(tmp_path, names):
+    folder = save_tiny_model(tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"fast_tokenizer_files": ["tokenizer.json"]}))
+    load_tokenizer(folder)
+    path.write_text(json.dumps(settings | {"fast_tokenizer_files": names}))
+    with pytest.raises(ModelError, match="which is no file in its folder"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_in_a_models_folder_is_not_waited_for(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    for read in (load_language_model, load_tokenizer):
+        with pytest.raises(ModelError, match="is no plain file"):
+            read(folder)

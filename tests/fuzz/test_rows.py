@@ -7,6 +7,7 @@ import signal
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import datasets
 import pyarrow.parquet
 import pytest
 
@@ -17,7 +18,7 @@ from lit_align.data.files import read_rows
 from lit_align.data.loading import RowLoader
 from lit_align.data.schema import SFTRow
 from lit_align.data.validate import LONGEST_TEXT
-from lit_align.errors import DataError
+from lit_align.errors import DataError, ModelError
 from lit_align.evaluation import encode_prompt
 from lit_align.report import Curves, HeatMap, Histogram, Table, write_report
 from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
@@ -88,7 +89,8 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(chat_templates, "LONGEST_SECONDS", 0.2)
     endless, before = tiny_tokenizer(), signal.getsignal(signal.SIGALRM)
     endless.chat_template = "{% for j in range(99999) %}" * 4 + "{% endfor %}" * 4
-    with pytest.raises(BadRowError, match=r"refuses the messages .it takes longer than 0\.2 s"):
+    # Not a bad row: each of a million others would take as long.
+    with pytest.raises(ModelError, match=r"does not end: it takes longer than 0\.2 s"):
         RowTokenizer(endless, 512)(row("hello"))
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) == before
@@ -168,6 +170,44 @@ def test_a_parquet_file_that_unpacks_to_more_than_anybody_wrote(tmp_path, monkey
     assert (tmp_path / "rows.parquet").stat().st_size < 2000
     with pytest.raises(DataError, match="claim to be"):
         list(read_rows(tmp_path / "rows.parquet", BadRows()))
+
+
+@pytest.mark.parametrize("as_dictionary", [True, False])
+def test_a_parquet_file_whose_rows_share_one_long_text(tmp_path, monkeypatch, as_dictionary):
+    """It claims the text once: only the rows show how often it is there."""
+    monkeypatch.setattr(tables, "SMALL_BYTES", 1 << 22)
+    texts = pyarrow.array(["x" * 2**20] * 50)
+    columns = {"prompt": texts.dictionary_encode() if as_dictionary else texts}
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+    rows = read_rows(path, BadRows())
+    with pytest.raises(DataError, match="claim to be"):
+        for _ in range(20):
+            next(rows)
+
+
+@pytest.mark.timeout(20)
+def test_a_csv_file_of_many_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(",".join(map(str, range(200_000))) + "\n")
+    assert list(read_rows(path, BadRows())) == []
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_row_that_names_a_picture_has_nobody_open_it(tmp_path, nested):
+    """`datasets` takes what a row says for a path or an address, and reads it."""
+    place = {"bytes": None, "path": str(tmp_path / "absent.png")}
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"image": [plain] if nested else plain})
+    rows = datasets.Dataset.from_list([{"image": [place] if nested else place}], features)
+    rows.save_to_disk(tmp_path / "rows")
+    info = tmp_path / "rows" / "dataset_info.json"
+    document = json.loads(info.read_text())
+    image = {"_type": "Image"}
+    document["features"]["image"] = {"feature": image, "_type": "List"} if nested else image
+    info.write_text(json.dumps(document))
+    ((_, row),) = read_rows(tmp_path / "rows", BadRows())
+    assert row["image"] == ([place] if nested else place)
 
 
 class Tags(HTMLParser):

@@ -4,12 +4,18 @@ import os
 import signal
 
 import lightning
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 
 from lit_align.callbacks import Checkpointing, KeyParameterLocalization
 from lit_align.compact import AdapterSettings
+from lit_align.errors import TrainingError
 from lit_align.masks import ParameterMask
 from lit_align.modules import SupervisedFineTuning
 from tests.training_runs import (
@@ -136,6 +142,22 @@ def test_lightnings_own_callback_does_not_spoil_a_resumed_run(tiny_llama_dir, tm
     assert_equal_weights(expected, fit(tiny_llama_dir, tmp_path, ckpt_path=path)[0])
 
 
+@pytest.mark.long
+def test_amid_an_epoch_that_accumulates_otherwise(tiny_llama_dir, tmp_path):
+    def run(name, path=None):
+        callbacks = [
+            GradientAccumulationScheduler({0: 1, 1: 2}),
+            ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1),
+        ]
+        run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True, max_epochs=2)
+        module = SupervisedFineTuning(str(tiny_llama_dir), lr_scheduler="constant")
+        run.fit(module, instructions(12, batch_size=2), ckpt_path=path)
+        return dict(module.state_dict())
+
+    expected = run("whole")
+    assert_equal_weights(expected, run("again", tmp_path / "whole" / "step=7.ckpt"))
+
+
 @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 4}])
 def test_a_run_killed_behind_its_last_step_has_its_end(limit, tiny_llama_dir, tmp_path):
     """The mask of its weight change is written then."""
@@ -149,6 +171,29 @@ def test_a_run_killed_behind_its_last_step_has_its_end(limit, tiny_llama_dir, tm
         digests.append(ParameterMask.load(mask).digest)
         mask.unlink()  # as if the kill had come before it was written
     assert digests[0] == digests[1]
+
+
+def test_settings_that_torch_would_not_read_again(tiny_llama_dir, tmp_path):
+    """A Path and a number of numpy's, from Python; and the module is fitted once more."""
+    settings = {"learning_rate": np.float64(1e-2), "lr_scheduler": "constant"}
+    module = SupervisedFineTuning(tiny_llama_dir, **settings)
+    logged = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        log, saving = MemoryLogger(), Checkpointing(every_n_train_steps=1)
+        shared = {"callbacks": [saving], "enable_checkpointing": True, "log_every_n_steps": 1}
+        for steps in (1, 2):
+            run = trainer(folder, max_steps=steps, logger=log, **shared)
+            run.fit(module, instructions(4, batch_size=2), ckpt_path="last")
+        logged.append(log.values("num_tokens"))
+    assert len(logged[0]) == 2 and logged[0] == logged[1]
+
+
+def test_a_callback_that_takes_the_place_of_what_trains_is_refused(tiny_llama_dir, tmp_path):
+    """It knows the model as other modules hold it; nothing could go on from its checkpoints."""
+    callbacks = [EMAWeightAveraging(), Checkpointing(every_n_train_steps=1)]
+    run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    with pytest.raises(TrainingError, match=r"WeightAveraging\?\) has put something else"):
+        run.fit(SupervisedFineTuning(str(tiny_llama_dir)), instructions(4, batch_size=2))
 
 
 def tensors(value):
@@ -185,3 +230,21 @@ def test_a_checkpoint_holds_what_trains_and_what_resuming_needs(tiny_llama_dir, 
     assert sum(t.numel() for t in tensors(content)) < 3 * selected + 100
     overhead = path.stat().st_size - 4 * 3 * selected
     assert overhead < 600 * len(list(tensors(content)))  # zip's records, of 64 bytes aligned
+
+
+def test_optimisers_of_ones_own_and_checkpoints_in_the_runs_own_folder(tiny_llama_dir, tmp_path):
+    class Own(SupervisedFineTuning):
+        def configure_optimizers(self):
+            return torch.optim.Adafactor(self.parameters(), lr=1e-2)  # its eps is (None, 0.001)
+
+    def run(folder, max_epochs, ckpt_path=None):
+        module, keep = Own(str(tiny_llama_dir)), Checkpointing(folder)
+        run = trainer(folder, callbacks=[keep], enable_checkpointing=True, max_epochs=max_epochs)
+        torch.manual_seed(0)
+        run.fit(module, instructions(4, batch_size=2), ckpt_path=ckpt_path)
+        return dict(module.state_dict()), keep.best_model_path
+
+    whole, _ = run(tmp_path / "whole", 2)
+    _, half = run(tmp_path / "half", 1)
+    resumed, _ = run(tmp_path / "half", 2, half)
+    assert_equal_weights(whole, resumed)

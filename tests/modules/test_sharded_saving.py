@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lit_align.checkpoint_file import choose_sound, find_damage, load_sound, load_sound_rest
 from lit_align.errors import TrainingError
+from lit_align.modules import sharded_saving
 from lit_align.sharded_checkpoint import (
     CHECKSUMS_FILE,
     METADATA_FILE,
@@ -111,6 +112,16 @@ def test_slurms_name_stands_for_the_newest(saved):
     (newer / REST_FILE).unlink()
     with pytest.warns(UserWarning, match=r"step=9\.ckpt is damaged \('meta\.pt' is missing\)"):
         assert choose_sound(asked) == asked
+
+
+def test_shards_that_went_elsewhere_are_missed(saved):
+    """As on machines that do not share the folder; what stood there is as it was."""
+    partial = shutil.copytree(saved, saved.with_name(".step=6.ckpt.7.partial"))
+    (partial / "__1_0.distcp").unlink()
+    records = json.loads((saved / CHECKSUMS_FILE).read_text())["files"]
+    with pytest.raises(TrainingError, match=r"__1_0\.distcp of another rank .* machines share"):
+        sharded_saving._publish(partial, saved, records)
+    assert find_damage(saved) is None
 
 
 def test_without_the_strategy_the_way_out_is_named(saved):
