@@ -45,3 +45,18 @@ class PipelineError(LitAlignError):
 
 class BenchmarkError(LitAlignError):
     """A kernel that is not timed: unknown, not runnable here, or wrong."""
+
+
+# What libraries raise, of themselves or from below, at files that are not what they should be:
+# they check few of them before they use them.
+LIBRARY_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+)

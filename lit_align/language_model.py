@@ -27,7 +27,7 @@ from transformers import (
 
 from lit_align.claimed_sizes import check_claims
 from lit_align.config_limits import check_config_file, check_tokenizer_files
-from lit_align.errors import ModelError
+from lit_align.errors import LIBRARY_ERRORS, ModelError
 from lit_align.gguf_alias import ALIAS, alias_dir
 from lit_align.shards import refuse_shards
 from lit_align.stored_tensors import StoredTensor, tensors_of_folder, weight_files
@@ -40,21 +40,8 @@ NF4_NEEDS = (
     "without quantization"
 )
 
-# What transformers raises, of itself or from below, at a folder whose files are not what they
-# should be: it checks few of them before it uses them.
-UNUSABLE: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
+# What transformers raises at a folder whose files are not what they should be.
+UNUSABLE: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, SafetensorError, StrictDataclassError)
 
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 

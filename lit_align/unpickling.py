@@ -16,22 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_align.errors import LIBRARY_ERRORS
+
 MOST_PARTS = 1 << 26  # values and characters that a checkpoint unfolds to
 DEEPEST = 100
 MOST_IN_A_TUPLE = 1 << 16
 
 # `weights_only=True` lets nothing run, but what it meets in a damaged file it does not catch.
 UNREADABLE_PICKLE: tuple[type[Exception], ...] = (
-    OSError,
+    *LIBRARY_ERRORS,
     EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
     struct.error,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
