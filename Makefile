@@ -1,6 +1,7 @@
 # make demo                     the whole ALLO pipeline on the embedded model; prints a table
 # make test                     installs what is missing and runs the test suite
 # make test-gpu                 the kernels compiled and training, on a GPU (skipped without one)
+# make test-long                the slow proofs: kills, damaged files by the thousand, more processes
 # make bench                    times the kernels: BENCH_ARGS="masked_adamw --size full"
 # make lint types imports       what .ci/run checks besides
 # make audit                    dependencies and their reasons, bill of materials, known holes
@@ -16,9 +17,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VIEW := build/checks
 REQUIREMENTS := pyproject.toml constraints.txt
 OLD_TRITON := build/triton-3.6.0
+SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PIP_AUDIT := build/pip-audit
 
-.PHONY: help venv install install-dev demo test test-main test-interpreted test-compiled test-gpu test-long bench lint types imports audit view clean
+.PHONY: help venv install install-dev demo test test-main test-interpreted test-compiled test-gpu test-long test-long-main test-long-kernels bench lint types imports audit view clean
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +41,7 @@ test: $(VENV)/.installed-dev
 
 # Files in the order of tests/conftest.py: the long ones first, so that no worker is left waiting.
 test-main: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # 5: no test was chosen, which PYTEST_ARGS="-k name" may mean here.
 test-interpreted test-compiled: test-%: $(VENV)/.installed-dev
@@ -52,7 +54,12 @@ test-gpu: $(VENV)/.installed-dev
 
 # The slow proofs, and those of the kernels once more with the oldest Triton that they are for.
 test-long: $(VENV)/.installed-dev $(OLD_TRITON)/.installed
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(MAKE) --output-sync=target --keep-going -j 2 test-long-main test-long-kernels
+
+test-long-main: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(SPREAD) $(PYTEST_ARGS)
+
+test-long-kernels: $(VENV)/.installed-dev $(OLD_TRITON)/.installed
 	$(BIN)/python -m pytest -m long tests/kernels/compiled $(PYTEST_ARGS)
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/kernels/interpreted $(PYTEST_ARGS)
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -m 'not long or old_triton' tests/kernels/compiled $(PYTEST_ARGS)
