@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_align.callbacks import Checkpointing, LogpsWriter
+from lit_align.callbacks import Checkpointing, LockedFolder, LogpsWriter
 from lit_align.callbacks.checkpointing import SIGTERM_STATUS
 from lit_align.checkpoint_file import choose_sound
 from lit_align.errors import LitAlignError
@@ -98,9 +98,13 @@ class AlignCLI(LightningCLI):
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs.setdefault("logger", default_loggers(root))
         configured = self._get(self.config_init, "trainer.callbacks") or []
+        configured = [configured] if isinstance(configured, Callback) else configured
         wanted = self._get(self.config_init, "trainer.enable_checkpointing") is not False
         if wanted and not any(isinstance(c, Checkpoint) for c in configured):
-            kwargs.setdefault("callbacks", [*configured, Checkpointing()])
+            configured = [*configured, Checkpointing()]
+        if not any(isinstance(c, Checkpointing) for c in configured):
+            configured = [*configured, LockedFolder()]
+        kwargs.setdefault("callbacks", configured)
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "predict":
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

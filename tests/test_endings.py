@@ -87,7 +87,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 def first_checkpoint(folder: Path) -> None:
     """Wait for it."""
     for _ in range(6000):
-        if any(folder.glob("checkpoints/*.ckpt")):
+        if any(folder.rglob("*.ckpt")):
             return
         time.sleep(0.01)
     raise AssertionError("there was no checkpoint in a minute")
@@ -167,9 +167,10 @@ def test_slurm_preempts_and_the_job_goes_on(commands, whole, tiny_llama_dir, tmp
     assert_same_end(tmp_path, whole)
 
 
-def test_one_folder_takes_one_run(commands, tiny_llama_dir, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--trainer.callbacks+=ModelCheckpoint",)])
+def test_one_folder_takes_one_run(more, commands, tiny_llama_dir, tmp_path):
     """Of any two commands; the lock goes with its process, however that ends."""
-    words = fit(tiny_llama_dir, tmp_path, LONGER)
+    words = fit(tiny_llama_dir, tmp_path, LONGER, *more)
     pipeline = ["allo", "--config", "configs/allo_tiny.yaml", "--model", tiny_llama_dir]
     first = commands.start(words)
     first_checkpoint(tmp_path)

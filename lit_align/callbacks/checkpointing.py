@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_align.callbacks.locked_folder import by_first_rank
 from lit_align.checkpoint_file import SUFFIX, newest_sound
 from lit_align.errors import TrainingError
 from lit_align.files import locked_folder, remove_partial_files, write_atomically
@@ -79,14 +80,9 @@ class Checkpointing(ModelCheckpoint):
             TrainingError: another run works in it, or it cannot be written to.
         """
         self.dirpath = str(self._folder(trainer))
-        problem = None
-        if stage == "fit" and trainer.is_global_zero:
-            try:
-                self._take_folder(Path(trainer.default_root_dir).absolute(), Path(self.dirpath))
-            except TrainingError as error:
-                problem = str(error)
-        if problem := trainer.strategy.broadcast(problem):  # the others would wait for the first
-            raise TrainingError(problem)
+        root, folder = Path(trainer.default_root_dir).absolute(), Path(self.dirpath)
+        if stage == "fit":
+            by_first_rank(trainer, lambda: self._take_folder(root, folder))
         super().setup(trainer, pl_module, stage)
 
     def _take_folder(self, root: Path, checkpoints: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 import lightning
 import pytest
 
-from lit_align.callbacks import Checkpointing, KeyParameterLocalization
+from lit_align.callbacks import Checkpointing, KeyParameterLocalization, LockedFolder
 from lit_align.checkpoint_file import load_sound
 from lit_align.data import SFTDataModule
 from lit_align.errors import LitAlignError, TrainingError
@@ -146,20 +146,21 @@ def test_slurms_signal_is_answered_after_a_batch(whole, slurm, tiny_llama_dir, t
     assert_equal_weights(whole, resumed)
 
 
-def test_a_second_run_in_the_folder_is_refused(tiny_llama_dir, tmp_path):
+@pytest.mark.parametrize("kind", [Checkpointing, LockedFolder])
+def test_a_second_run_in_the_folder_is_refused(kind, tiny_llama_dir, tmp_path):
     refused = []
 
     def second():
         with pytest.raises(TrainingError) as error:
-            fit(tiny_llama_dir, tmp_path)
+            fit(tiny_llama_dir, tmp_path, saving=kind())
         refused.append(str(error.value))
 
-    fit(tiny_llama_dir, tmp_path, At(1, second))
+    fit(tiny_llama_dir, tmp_path, At(1, second), saving=kind())
     who = f"process {os.getpid()} on {socket.gethostname()}"
     assert refused == [
         f"another run ({who}) works in {tmp_path}: wait for it, or choose another output folder"
     ]
-    fit(tiny_llama_dir, tmp_path)  # and the folder is let go of
+    fit(tiny_llama_dir, tmp_path, saving=kind())  # and the folder is let go of
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tiny_llama_dir, tmp_path):
