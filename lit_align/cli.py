@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_align.callbacks import Checkpointing, LogpsWriter
 from lit_align.callbacks.checkpointing import SIGTERM_STATUS
+from lit_align.callbacks.folder_lock import FolderLock
 from lit_align.checkpoint_file import choose_sound
 from lit_align.errors import LitAlignError
 from lit_align.files import write_failure
@@ -101,6 +102,8 @@ class AlignCLI(LightningCLI):
         wanted = self._get(self.config_init, "trainer.enable_checkpointing") is not False
         if wanted and not any(isinstance(c, Checkpoint) for c in configured):
             kwargs.setdefault("callbacks", [*configured, Checkpointing()])
+        elif not any(isinstance(c, Checkpointing) for c in configured):
+            kwargs.setdefault("callbacks", [*configured, FolderLock()])
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "predict":
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
