@@ -37,6 +37,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="torch sees no GPU here"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What damaged files make libraries log is no UTF-8, and pytest-xdist could not send it."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
 def pytest_sessionfinish():
     gc.unfreeze()  # or what imports hold is reported as leaked
 

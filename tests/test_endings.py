@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_align.checkpoint_file import load_sound
+from lit_align.files import LOCK_NAME
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,10 +168,9 @@ def test_slurm_preempts_and_the_job_goes_on(commands, whole, tiny_llama_dir, tmp
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.parametrize("more", [(), ("--trainer.callbacks+=ModelCheckpoint",)])
-def test_one_folder_takes_one_run(more, commands, tiny_llama_dir, tmp_path):
+def test_one_folder_takes_one_run(commands, tiny_llama_dir, tmp_path):
     """Of any two commands; the lock goes with its process, however that ends."""
-    words = fit(tiny_llama_dir, tmp_path, LONGER, *more)
+    words = fit(tiny_llama_dir, tmp_path, LONGER)
     pipeline = ["allo", "--config", "configs/allo_tiny.yaml", "--model", tiny_llama_dir]
     first = commands.start(words)
     first_checkpoint(tmp_path)
@@ -190,6 +190,26 @@ def test_one_folder_takes_one_run(more, commands, tiny_llama_dir, tmp_path):
         assert status == 1 and said.startswith(f"lit-align: another run (process {first} on")
     os.kill(first, signal.SIGKILL)
     commands.wait(first)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"),
+        ("--trainer.enable_checkpointing=false",),
+    ],
+)
+def test_one_folder_takes_one_run_whoever_saves(own, commands, tiny_llama_dir, tmp_path):
+    words = fit(tiny_llama_dir, tmp_path, LONGER, *own)
+    first = commands.start(words)
+    lock = tmp_path / LOCK_NAME
+    while not (lock.exists() and lock.read_text()):
+        time.sleep(0.01)
+    os.kill(first, signal.SIGSTOP)
+    status, said = commands.run(words)
+    os.kill(first, signal.SIGKILL)
+    commands.wait(first)
+    assert status == 1 and said.startswith(f"lit-align: another run (process {first} on")
 
 
 # ---- disks -----------------------------------------------------------------------------------

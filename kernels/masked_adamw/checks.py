@@ -33,6 +33,7 @@ class Noted:
         self.plan: Any = None
         self._tensors, self._entries = _tensors(batch), [entry.entries for entry in batch]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._forms = _forms(self.written)
         self._stochastic = stochastic
         grads = [entry.grad for entry in batch]
         self.grad_addresses = list(map(Tensor.data_ptr, grads))
@@ -60,6 +61,7 @@ class Noted:
             and all(map(operator.is_, tensors, self._tensors))
             and all(map(operator.is_, [e.entries for e in batch], self._entries))
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and _forms(self.written) == self._forms  # another view of the same memory
             and stochastic == self._stochastic
             and [grad.dtype for grad in grads] == self._dtypes
             and [grad.shape for grad in grads] == self._shapes
@@ -84,6 +86,15 @@ def _tensors(batch: list[AdamWEntry]) -> list[Tensor]:
         *[entry.step for entry in batch],
         *[entry.weight for entry in batch if entry.weight is not None],
     ]
+
+
+def _forms(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """Dtypes, shapes and layouts: `data` may be set to another view of what lies there."""
+    return (
+        [tensor.dtype for tensor in tensors],
+        [tensor.shape for tensor in tensors],
+        list(map(Tensor.is_contiguous, tensors)),
+    )
 
 
 def check_batch(batch: list[AdamWEntry], stochastic: bool) -> None:

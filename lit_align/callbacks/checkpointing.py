@@ -240,5 +240,7 @@ class Checkpointing(ModelCheckpoint):
                     trainer.strategy.remove_checkpoint(old)
         elif not self._should_skip_saving_checkpoint(trainer):
             self._save(trainer)
-        rank_zero_info(f"SIGTERM: the run is saved at step {trainer.global_step} and ends")
+        step = trainer.global_step
+        said = f"is saved at step {step}" if step else "had done no step"
+        rank_zero_info(f"SIGTERM: the run {said} and ends")
         raise SIGTERMException

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.compact import (
@@ -20,6 +21,8 @@ from lit_align.compact import (
     restrict,
     save_adapters,
 )
+from lit_align.compact.state import trainable_name
+from lit_align.compact.trainable import trainable
 from lit_align.data import RowTokenizer
 from lit_align.data.templates import chat_template_text
 from lit_align.errors import DataError, TrainingError
@@ -196,12 +199,26 @@ def _from_checkpoint(path: str, model: str | None, mask: str | None) -> tuple[An
         digest = ParameterMask.load(mask).digest
         if digest != identity["mask_digest"]:
             raise TrainingError(f"{path} was trained on another mask than {mask}")
-    elif identity["mask_digest"] is not None:
+    elif identity["mask_digest"] not in (None, ParameterMask.full(trained).digest):
         raise TrainingError(f"{path} was trained on a mask: name it with --mask")
     elif identity.get("adapter") is not None:
         add_adapters(trained, _adapter_settings(path, checkpoint))
-    load_trainable(trained, {str(n).removeprefix(PREFIX): t for n, t in state.items()})
+    state = {str(n).removeprefix(PREFIX): t for n, t in state.items()}
+    load_trainable(trained, _without_masters(state, trained))
     return trained, tokenizer
+
+
+def _without_masters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state of a run in 16 bits, where masters of whole parameters stood beside them.
+
+    In fp32 such parameters train themselves, under their own names and in their own shapes.
+    """
+    for name, parameter in trainable(model):
+        module, _, own = name.rpartition(".")
+        master = f"{module}.{trainable_name(own)}" if module else trainable_name(own)
+        if name not in state and master in state and state[master].numel() == parameter.numel():
+            state[name] = state.pop(master).view(parameter.shape)
+    return state
 
 
 def _adapter_settings(path: str, checkpoint: dict[str, Any]) -> AdapterSettings:

@@ -1,6 +1,5 @@
 """Damaged and forged files of every kind: nothing but lit-align's own errors comes out."""
 
-import logging
 import random
 import time
 
@@ -13,14 +12,6 @@ IN_SHORT = 14  # files of a kind
 SLOW = {"tokenizer", "tokenizer_config", "model_config", "planned_config"}
 IN_LONG = 2000
 LONGEST_SECONDS = 20.0  # for one file, on a busy machine
-
-
-@pytest.fixture(autouse=True)
-def _no_logs():
-    """Libraries quote what they read, lone surrogates too, and pytest-xdist cannot send those."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

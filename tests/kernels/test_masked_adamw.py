@@ -202,6 +202,22 @@ def test_what_is_noted_of_a_batch_does_not_outlast_its_tensors():
     assert not batch[0].noted.holds(batch, False)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda weight: weight[:2],
+        lambda weight: weight.view(torch.bfloat16)[:, :3],
+        lambda weight: weight.view(3, 4).t(),
+    ],
+)
+def test_another_view_of_the_same_memory_is_found_out(view):
+    batch = many()
+    masked_adamw_(batch, **SETTINGS)
+    batch[1].weight.data = view(batch[1].weight.data)
+    with pytest.raises(ValueError, match="number 1"):
+        masked_adamw_(batch, **SETTINGS)
+
+
 def test_gradients_of_other_layouts_are_looked_at_in_every_step():
     batch = many()
     batch[1].grad = torch.randn(24)[::2]

@@ -135,6 +135,26 @@ def test_bf16_resumes_from_fp32_masters(tiny_llama_dir, tmp_path):
     assert all(t.dtype == torch.float32 for t in whole.state_dict().values())
 
 
+@pytest.mark.parametrize("mask", [None, "mask"])
+def test_a_run_in_bf16_is_exported(mask, tiny_llama_dir, tmp_path):
+    """Where whole parameters have masters; without a mask all do."""
+    if mask is not None:
+        mask = str(tmp_path / mask)
+        selections = dict(random_mask().selections)
+        selections["model.norm.weight"] = Selection.all((32,))
+        ParameterMask(selections).save(mask)
+    module = MaskedDPO(str(tiny_llama_dir), learning_rate=1e-3)
+    callbacks = [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)]
+    if mask is not None:
+        callbacks.append(KeyParameterLocalization(mask=mask))
+    mine = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True, precision="bf16-true")
+    mine.fit(module, preferences(2, batch_size=2))
+    export(str(tmp_path / "out"), checkpoint=str(tmp_path / "step=1.ckpt"), mask=mask)
+    exported, _ = load_language_model(tmp_path / "out", dtype="bfloat16")
+    trained = weights(module)
+    assert_equal_weights({n: exported.state_dict()[n] for n in trained}, trained)
+
+
 def test_another_masks_checkpoint_is_refused(tiny_llama_dir, tmp_path):
     fit(tiny_llama_dir, tmp_path, epochs=1)
     random_mask(0.2).save(tmp_path / "other")
