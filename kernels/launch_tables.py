@@ -40,21 +40,29 @@ def block_entries(target: str | None = None) -> int:
     """Entries of a block: 8 for every thread of 2 warps of 32 threads, or of 4 of 64 on AMD.
 
     On an H100, 10 % of the elements of 134M parameters, in ms: AdamW 0.31 (1024 entries and 4
-    warps: 0.39), swap 0.22 (0.39); of the rows 0.15 (0.16) and 0.06 (0.07).
+    warps: 0.39), swap 0.22 (0.39); of the rows 0.15 (0.16) and 0.06 (0.07). NVIDIA's GPUs before
+    Hopper, which nothing was timed on, have 4 warps: with 2 Triton 3.6 spills registers there.
 
     Args:
-        target: as `audit.compiled.TARGETS` name them; None: the GPU that this torch is built for.
+        target: as `audit.compiled.TARGETS` name them; None: the GPU of this process.
     """
-    return 2048 if _is_amd(target) else 512
+    return 2048 if _is_amd(target) else 256 * num_warps(target)
 
 
 def num_warps(target: str | None = None) -> int:
     """Warps of a program; see `block_entries`."""
-    return 4 if _is_amd(target) else 2
+    return 4 if _is_amd(target) or _is_before_hopper(target) else 2
 
 
 def _is_amd(target: str | None) -> bool:
     return torch.version.hip is not None if target is None else target.startswith("gfx9")
+
+
+@functools.cache
+def _is_before_hopper(target: str | None) -> bool:
+    if target is not None:
+        return target.startswith("sm_8")
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
 
 
 def aligned(*tensors: Tensor | None) -> bool:
