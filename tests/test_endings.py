@@ -88,7 +88,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 def first_checkpoint(folder: Path) -> None:
     """Wait for it."""
     for _ in range(6000):
-        if any(folder.rglob("*.ckpt")):
+        if any(folder.glob("checkpoints/*.ckpt")):
             return
         time.sleep(0.01)
     raise AssertionError("there was no checkpoint in a minute")

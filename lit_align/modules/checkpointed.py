@@ -127,11 +127,7 @@ class CheckpointedModule(LoggedModule):
         Raises:
             TrainingError: an entry is NaN or infinite, or not there: nobody could go on from it.
         """
-        if missing := self.state_dict().keys() - checkpoint["state_dict"].keys():
-            raise TrainingError(
-                f"no checkpoint is written: a callback (WeightAveraging?) has put something else "
-                f"in the place of what trains, {min(missing)} for one; leave that callback out"
-            )
+        self._check_entries_are_there(checkpoint["state_dict"])
         self._check_finite_entries(checkpoint["state_dict"])
         moved = begin_at_step(checkpoint, self.trainer)  # what came since will come again
         done = self._counted_at_step if moved else self.throughput
@@ -143,6 +139,17 @@ class CheckpointedModule(LoggedModule):
         settings = checkpoint.get("hyper_parameters", {})
         if isinstance(settings.get("adapter"), AdapterSettings):  # not with `weights_only`
             settings["adapter"] = dataclasses.asdict(settings["adapter"])
+
+    def _check_entries_are_there(self, entries: Mapping[str, torch.Tensor]) -> None:
+        # A strategy that gathers them into one file does so on the first rank alone.
+        first = self.trainer.is_global_zero
+        missing = sorted(self.state_dict().keys() - entries.keys()) if first else []
+        if self.trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
+            one = f", {missing[0]} for one" if missing else ""
+            raise TrainingError(
+                "no checkpoint is written: a callback (WeightAveraging?) has put something else in "
+                f"the place of what trains{one}; leave that callback out"
+            )
 
     def _check_finite_entries(self, entries: Mapping[str, torch.Tensor]) -> None:
         bad = [n for n, t in entries.items() if not local(t).isfinite().all()]

@@ -71,4 +71,6 @@ class LoggedModule(lightning.LightningModule):
 
     def _log_split(self, split: str, prefix: str) -> None:
         values = self.log_of(split).compute_and_reset()
-        self.log_dict({prefix + n: v for n, v in values.items()}, prog_bar=False)
+        named = {prefix + n: v for n, v in values.items()}
+        # They are of all ranks already: of equal values the largest is each.
+        self.log_dict(named, prog_bar=False, sync_dist=True, reduce_fx="max")

@@ -209,6 +209,7 @@ def run_ranks(count: int, runs: list[dict]) -> None:
     command, env = command_of(count, runs)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "sync_dist" not in done.stderr  # Lightning's warnings about what ranks log
 
 
 def written_bytes() -> int:
