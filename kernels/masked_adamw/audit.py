@@ -70,13 +70,7 @@ def compile_cases(target: str) -> list[CompileCase]:
     }
     block, warps = launch_tables.block_entries(target), launch_tables.num_warps(target)
     return [
-        CompileCase(
-            name,
-            kernel.masked_adamw_kernel,
-            SIGNATURE,
-            v.constexprs(block),
-            warps,
-        )
+        CompileCase(name, kernel.masked_adamw_kernel, SIGNATURE, v.constexprs(block), warps)
         for name, v in variants.items()
     ]
 
